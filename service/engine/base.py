@@ -1,0 +1,87 @@
+"""The border between the service and whatever computes: named numpy arrays in, named numpy arrays out.
+
+An engine holds one verified artifact. `run` calls a program on arrays the caller owns. Rows in refinement live in
+*slots* instead: `load_rows` puts them there, `run_rows` runs a program on some of them, `read_rows` brings arrays back.
+On the CPU a slot is a line of a numpy array (`HostRows`); on an accelerator it never leaves the device, and only what
+`run_rows` returns (per-row scalars) and `read_rows` asks for crosses. An engine is used from one thread at a time.
+
+Shapes: R rows, S samples, D latent size, X size of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact import Arrays, Card
+
+Slots = NDArray[np.intp]
+
+
+class Engine(Protocol):
+    """What the scheduler needs (one file per implementation; only app.py and the CLI name a concrete one)."""
+
+    name: str
+    card: Card
+
+    def run(self, program: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+        """Runs `program` on `arrays` (every input the card lists, same number of rows) and returns its outputs by name."""
+        ...
+
+    def allocate(self, capacity: int) -> None:
+        """Makes room for `capacity` rows: x, mask, context and carry of each. Called once, before any row is loaded."""
+        ...
+
+    def load_rows(self, slots: Slots, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Writes `arrays` (R, ...) into `slots` (R,)."""
+        ...
+
+    def run_rows(self, program: str, slots: Slots, noise: Mapping[str, NDArray[Any]]) -> Arrays:
+        """Runs `program` on the rows in `slots`.
+
+        Inputs come from the slots by name, noise (R, S, D) from the caller. Outputs that have a place in the slots
+        (carry, context) are written back there; the others (norms, likelihoods) are returned.
+        """
+        ...
+
+    def read_rows(self, slots: Slots, names: Iterable[str]) -> Arrays:
+        """Copies the named arrays of the rows in `slots` to the host."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class HostRows:
+    """Slots in host memory, for engines that compute on the CPU: gather, run, scatter."""
+
+    name: str
+    card: Card
+
+    def run(self, program: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+        raise NotImplementedError
+
+    def allocate(self, capacity: int) -> None:
+        x = self.card.x.shape
+        self._rows: Arrays = {"x": np.zeros((capacity, *x), np.float32), "mask": np.ones((capacity, *x), np.float32)}
+        for tensor in (*self.card.context, *self.card.carry):
+            self._rows[tensor.name] = np.zeros((capacity, *(int(size) for size in tensor.shape[1:])), tensor.dtype)
+
+    def load_rows(self, slots: Slots, arrays: Mapping[str, NDArray[Any]]) -> None:
+        for name, value in arrays.items():
+            self._rows[name][slots] = value
+
+    def run_rows(self, program: str, slots: Slots, noise: Mapping[str, NDArray[Any]]) -> Arrays:
+        spec = self.card.programs[program]
+        gathered = {t.name: noise[t.name] if t.name in noise else self._rows[t.name].take(slots, axis=0) for t in spec.inputs}
+        outputs = self.run(program, gathered)
+        resident = [name for name in outputs if name in self._rows]
+        self.load_rows(slots, {name: outputs.pop(name) for name in resident})
+        return outputs
+
+    def read_rows(self, slots: Slots, names: Iterable[str]) -> Arrays:
+        return {name: self._rows[name].take(slots, axis=0) for name in names}
+
+    def close(self) -> None: ...
