@@ -1,0 +1,53 @@
+"""Any folder of PNG and JPEG files, as grey images of one size."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from training.data.errors import DataError
+from training.data.images import Bytes, Split
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def read_folder(folder: Path, shape: tuple[int, int]) -> tuple[Split, str]:
+    """Every image below `folder`, in the order of its path, stretched to `shape`; and the sha256 of the whole.
+
+    Returns:
+        The images (N, height · width), and the hash over the relative paths and contents.
+
+    Raises:
+        DataError: no such folder, nothing in it, or a file that is no image.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise DataError(f"{folder}: no {', '.join(SUFFIXES)} files in it")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return Split(np.stack([_read_grey(path, shape).reshape(-1) for path in files])), digest.hexdigest()
+
+
+def _read_grey(path: Path, shape: tuple[int, int]) -> Bytes:
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(_to_grey(upright).resize((shape[1], shape[0]), Image.Resampling.BILINEAR), dtype=np.uint8)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
+        raise DataError(f"{path}: not a readable image: {exc}") from exc
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
+        return Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:  # what is transparent is background, and background is 0
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), rgba).convert("L")
+    return image.convert("L")
