@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TypedDict
 
@@ -46,12 +47,12 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
-        return -(-self._used_rows // self.batch_size)
+        return math.ceil(self._used_rows / self.batch_size)
 
     @property
     def position(self) -> int:
         """Batches of the current epoch already handed out; 0 between epochs."""
-        return -(-self._position // self.batch_size)
+        return math.ceil(self._position / self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         if len(self._permutation) == 0:

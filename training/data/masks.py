@@ -21,7 +21,7 @@ def random_masks(rows: int, shape: tuple[int, int], generator: torch.Generator, 
         keep: probability that a row is observed whole; the others hide one of the three patterns, equally likely.
 
     Returns:
-        (B, H · W) float32 of 0 and 1. A row may turn out wholly hidden, though seldom; programs take that too.
+        (B, H · W) float32 of 0 and 1.
 
     Raises:
         ValueError: `keep` is no probability.
