@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from training.data.errors import DataError
@@ -20,26 +22,32 @@ def read_npz_split(path: Path, images: str, labels: str | None = None) -> Split:
     Raises:
         DataError: not an .npz file, damaged, or without `images`.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: a single array, not an .npz archive")
-            if images not in archive:
-                raise DataError(f"{path}: no array {images!r}, only {', '.join(archive.files) or 'nothing'}")
-            pixels = _as_rows(archive[images], path, images)
-            return Split(pixels, archive[labels] if labels is not None and labels in archive else None)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
-        raise DataError(f"{path}: not a readable .npz archive of plain arrays: {exc}") from exc
+    arrays = _read(path, images, *([labels] if labels else []))
+    return Split(_as_rows(arrays[images], path, images), arrays.get(labels) if labels else None)
 
 
 def image_shape(path: Path, images: str) -> tuple[int, int]:
     """(height, width) of the images in an archive: from the array (N, height, width), or a square for rows (N, X)."""
-    with np.load(path, allow_pickle=False) as archive:
-        shape = archive[images].shape
+    shape = _read(path, images)[images].shape
     if len(shape) == 3:
         return int(shape[1]), int(shape[2])
-    side = round(float(np.sqrt(shape[1])))
+    side = math.isqrt(shape[1])
     return (side, side) if side * side == shape[1] else (1, int(shape[1]))
+
+
+def _read(path: Path, required: str, *optional: str) -> dict[str, NDArray[Any]]:
+    """The named arrays, those of `optional` where they are there; no other array is decompressed."""
+    try:
+        # numpy leaves a file that it opened itself open when it turns out not to be a zip archive
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, NpzFile):
+                raise DataError(f"{path}: a single array, not an .npz archive")
+            if required not in archive:
+                raise DataError(f"{path}: no array {required!r}, only {', '.join(archive.files) or 'nothing'}")
+            return {name: archive[name] for name in (required, *optional) if name in archive}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
+        raise DataError(f"{path}: not a readable .npz archive of plain arrays: {exc}") from exc
 
 
 def _as_rows(array: NDArray[Any], path: Path, name: str) -> NDArray[np.uint8]:

@@ -1,0 +1,55 @@
+"""Name -> constructor: the only file that knows every model. A new model is one class, one row here, one line in its contract test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.architecture import Architecture
+from models.generative.base import Generative
+from models.generative.vae import VAE
+from models.inference.base import Inference
+from models.inference.direct import DirectEncoder
+from models.inference.iterative import IterativeInference
+from models.inference.optimisers import SGD, Adam, Momentum, RMSProp
+
+GENERATIVE: dict[str, Callable[[Any], Generative]] = {"vae": VAE}
+
+INFERENCE: dict[str, Callable[[Any, int, tuple[int, ...]], Inference]] = {
+    "direct": DirectEncoder,
+    "iterative": IterativeInference,
+    "sgd": SGD,
+    "momentum": Momentum,
+    "rmsprop": RMSProp,
+    "adam": Adam,
+}
+
+
+class LatentModel(nn.Module):
+    """A generative model (parameters θ) and the inference model trained with it (parameters φ)."""
+
+    def __init__(self, generative: Generative, inference: Inference):
+        super().__init__()
+        self.generative = generative
+        self.inference = inference
+
+
+def build(architecture: Architecture, seed: int | None = None) -> LatentModel:
+    """A model with fresh weights; with `seed` the same ones each time, and the caller's generator is left alone.
+
+    Raises:
+        ValueError: a kind, likelihood or encoding is unknown.
+    """
+    with torch.random.fork_rng(enabled=seed is not None, devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        generative = GENERATIVE[architecture.generative.kind](architecture.generative)
+        return LatentModel(generative, infer_with(generative, architecture.inference))
+
+
+def infer_with(generative: Generative, architecture: Any) -> Inference:
+    """An inference model of another kind for a given generative model (for example Adam on a trained decoder)."""
+    return INFERENCE[architecture.kind](architecture, generative.x_size, generative.latent_sizes)

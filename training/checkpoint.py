@@ -1,0 +1,80 @@
+"""What a run leaves on disk.
+
+    runs/<name>/
+        run.json            the RunConfig, versions, machine
+        last.pt             resumable state: weights, optimisers, every generator, position in the epoch. Never served
+        best/               weights.safetensors + checkpoint.json, of the best validation ELBO
+        final/              the same, after the last epoch
+        log.jsonl           one line an epoch
+        tensorboard/        the same curves for TensorBoard
+
+Every file is written beside its place and moved there, so a kill at any moment leaves the previous one whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.architecture import Architecture
+from models.catalogue import LatentModel, build
+from training.config import RunConfig
+
+LAST = "last.pt"
+
+
+class CheckpointError(Exception):
+    """The folder holds no checkpoint, or one of another run."""
+
+
+def save_last(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes the resumable state."""
+    partial = folder / (LAST + ".partial")
+    torch.save(dict(state), partial)
+    os.replace(partial, folder / LAST)
+
+
+def load_last(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The resumable state, or None if the run has not saved one yet. Loaded without unpickling code."""
+    file = folder / LAST
+    return torch.load(file, map_location=device, weights_only=True) if file.exists() else None
+
+
+def save_weights(folder: Path, model: LatentModel, run: RunConfig, facts: Mapping[str, Any]) -> None:
+    """Writes weights and what is needed to rebuild the model around them. `facts`: epoch, validation ELBO and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "weights.safetensors"
+    partial = weights.with_suffix(".partial")
+    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, partial)
+    os.replace(partial, weights)
+    description = folder / "checkpoint.json"
+    partial = description.with_suffix(".partial")
+    partial.write_text(json.dumps({"run": run.to_dict(), **facts}, indent=1) + "\n")
+    os.replace(partial, description)
+
+
+def load_weights(folder: Path) -> tuple[LatentModel, RunConfig, dict[str, Any]]:
+    """Rebuilds a model from its architecture and loads its weights strictly.
+
+    Args:
+        folder: one that `save_weights` wrote, or a run's folder (then its `best`, else its `final`).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for candidate in (folder, folder / "best", folder / "final"):
+        if (candidate / "checkpoint.json").exists() and (candidate / "weights.safetensors").exists():
+            break
+    else:
+        raise CheckpointError(f"{folder}: no checkpoint here (checkpoint.json with weights.safetensors): train one with `elbow-train train`")
+    facts = json.loads((candidate / "checkpoint.json").read_text())
+    run = RunConfig.from_dict(facts.pop("run"))
+    model = build(Architecture.from_dict(run.architecture.to_dict()))
+    model.load_state_dict(load_file(candidate / "weights.safetensors"), strict=True)
+    return model.eval().requires_grad_(False), run, facts

@@ -1,0 +1,87 @@
+"""A training run, whole: what the functions in training/runs/ return. Frozen; a variant is `dataclasses.replace` of another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`name`: a row of training/data/catalogue.py. `mask_probability`: how often a training row has a part hidden."""
+
+    name: str = "mnist"
+    mask_probability: float = 0.0
+
+
+@dataclass(frozen=True)
+class RefinementConfig:
+    """K refinement steps per update, and S samples per step (antithetic: in pairs ε, −ε). A direct model only has S."""
+
+    steps: int = 5
+    samples: int = 1
+    antithetic: bool = False
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """Adam for φ and θ alike.
+
+    Attributes:
+        decay: "exponential": × `per_epoch` each epoch, as published; "cosine": to zero at the last epoch.
+        clip_norm: largest norm of the gradient of φ, and of θ, per row of the batch; None = no clipping.
+    """
+
+    learning_rate: float = 2e-4
+    decay: Literal["exponential", "cosine"] = "exponential"
+    per_epoch: float = 0.999
+    clip_norm: float | None = None
+
+    def rate(self, epoch: int, epochs: int) -> float:
+        """The learning rate in `epoch` (from 0) of `epochs`."""
+        if self.decay == "exponential":
+            return self.learning_rate * self.per_epoch**epoch
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the weights a run ends with.
+
+    Attributes:
+        kl_warmup_epochs: the KL's weight rises linearly to 1 over so many epochs.
+        precision: Lightning Fabric's name. Master weights, likelihoods and λ stay float32 in "bf16-mixed".
+        compiled: trace the whole update once and compile it (fixed batch size; the odd rows of an epoch wait for the next).
+        train_rows: use only the first so many training rows; None = all.
+    """
+
+    name: str
+    architecture: Architecture = field(default_factory=Architecture)
+    data: DataConfig = field(default_factory=DataConfig)
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    batch_size: int = 64
+    epochs: int = 1500
+    kl_warmup_epochs: int = 0
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    compiled: bool = False
+    train_rows: int | None = None
+    validation_rows: int | None = None
+    seed: int = 0
+
+    def kl_weight(self, epoch: int) -> float:
+        return min(1.0, (epoch + 1) / self.kl_warmup_epochs) if self.kl_warmup_epochs else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> RunConfig:
+        """Rebuilds what `to_dict` wrote. Raises TypeError if a field is unknown."""
+        parts = {"data": DataConfig, "refinement": RefinementConfig, "optimiser": OptimiserConfig}
+        built = {name: kind(**values[name]) for name, kind in parts.items()}
+        return RunConfig(**{**values, **built, "architecture": Architecture.from_dict(values["architecture"])})

@@ -1,0 +1,285 @@
+"""Epochs, logging, validation, resume. The run's whole state is saved in time, so Ctrl-C or a kill loses at most a minute.
+
+Everything random comes from four generators (order of rows, binarisation, masks, noise), whose states are saved beside
+the weights: a resumed run ends with the same bits as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from models.catalogue import LatentModel, build
+from models.objective import Noise, elbo
+from models.refinement import steps as refinement_states
+from training.checkpoint import load_last, save_last, save_weights
+from training.config import RunConfig
+from training.data.batches import Batches
+from training.data.binarise import observe
+from training.data.catalogue import load
+from training.data.images import Images
+from training.data.masks import random_masks
+from training.step import Seen, fresh_noise
+from training.update import Gradients
+
+SAVE_EVERY_S = 60.0
+VALIDATION_SEED = 20180723
+GENERATORS = ("order", "binarise", "mask", "noise")
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on; the message names the step and the checkpoint to return to."""
+
+
+def fabric_for(run: RunConfig, device: str) -> Fabric:
+    """Fabric for one or several processes. Gradients are averaged across them by `Trainer`, so the model is not wrapped."""
+    accelerator = {"cuda": "gpu"}.get(device, device)
+    return Fabric(accelerator=accelerator, devices="auto" if accelerator == "gpu" else 1)
+
+
+class Trainer:
+    """One run on one device (or one process of several)."""
+
+    def __init__(self, run: RunConfig, folder: Path, fabric: Fabric, data_root: str | None = None):
+        self.run, self.folder, self.fabric = run, folder, fabric
+        self.device = fabric.device
+        self.images: Images = load(run.data.name, data_root)
+        train, valid = self.images.train, self.images.valid
+        self.train_x = self._resident(train[: run.train_rows])
+        self.valid_x = self._resident(valid[: run.validation_rows])
+        self.model = build(run.architecture, seed=run.seed).to(self.device)
+        self.parts = {"generative": self.model.generative, "inference": self.model.inference}
+        self.optimisers = {
+            name: torch.optim.Adam(part.parameters(), lr=run.optimiser.learning_rate, fused=True)
+            for name, part in self.parts.items()
+            if any(True for _ in part.parameters())
+        }
+        seed = run.seed * 1000 + fabric.global_rank * len(GENERATORS)
+        self.generators = {
+            name: torch.Generator("cpu" if name == "order" else self.device).manual_seed(seed + i) for i, name in enumerate(GENERATORS)
+        }
+        self.batches = Batches(self.train_x, run.batch_size, self.generators["order"], drop_last=run.compiled)
+        self.gradients = Gradients(self.model, run.refinement.steps, self._autocast, run.compiled)
+        self.updates = 0
+        self.best = -math.inf
+        self.sums: dict[str, list[float]] = {}
+        self.seen_batches = 0
+        self._saved_at = time.monotonic()
+
+    # one update ------------------------------------------------------------------------------------------------------
+
+    def update(self, index: Tensor) -> list[Seen]:
+        """Draws x, mask and noise, adds up the gradients, steps both optimisers."""
+        run = self.run
+        x = observe(self.train_x[index], self.images.kind, self.generators["binarise"])
+        mask = self._masks(len(x)) if run.data.mask_probability else torch.ones_like(x)
+        trace = self.gradients(x, mask, self._noise(len(x)), run.kl_weight(self.batches.epoch))
+        for name, optimiser in self.optimisers.items():
+            parameters = list(self.parts[name].parameters())
+            for parameter in parameters if self.fabric.world_size > 1 else ():
+                parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
+            if run.optimiser.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, run.optimiser.clip_norm * len(x))
+            for group in optimiser.param_groups:
+                group["lr"] = run.optimiser.rate(self.batches.epoch, run.epochs)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.updates += 1
+        return trace
+
+    def _noise(self, rows: int) -> list[Noise]:
+        refinement, sizes = self.run.refinement, self.model.generative.latent_sizes
+        draws = refinement.steps + 1 if self.model.inference.refines else 1
+        return [
+            fresh_noise(sizes, rows, refinement.samples, refinement.antithetic, self.device, self.generators["noise"]) for _ in range(draws)
+        ]
+
+    def _masks(self, rows: int) -> Tensor:
+        height, width = self.images.shape
+        return random_masks(rows, (height, width), self.generators["mask"], keep=1 - self.run.data.mask_probability)
+
+    def _autocast(self) -> torch.autocast:
+        # no weight cache: a cast cached under no_grad would be reused, without its gradient, by the passes that need one
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.precision == "bf16-mixed", cache_enabled=False)
+
+    def _resident(self, rows: Any) -> Tensor:
+        return torch.as_tensor(rows).reshape(len(rows), -1).to(self.device)
+
+    # epochs ----------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the last epoch from wherever the folder says the run is.
+
+        Raises:
+            TrainingFailed: the objective was not finite; the last good checkpoint is kept.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resumed = self.resume()
+        if self.fabric.global_rank == 0 and not resumed:
+            description = {"run": self.run.to_dict(), "data_sha256": self.images.sha256, **machine()}
+            (self.folder / "run.json").write_text(json.dumps(description, indent=1) + "\n")
+        writer = SummaryWriter(str(self.folder / "tensorboard")) if self.fabric.global_rank == 0 else None
+        total = self.run.epochs * len(self.batches)
+        bar = tqdm(total=total, initial=self.updates, unit="update", dynamic_ncols=True, mininterval=1.0, smoothing=0.05)
+        line: dict[str, Any] = {}
+        try:
+            while self.batches.epoch < self.run.epochs:
+                began = time.monotonic()
+                for index in self.batches:
+                    trace = self.update(index)
+                    self._add_up(trace)
+                    bar.update()
+                    bar.set_postfix_str(f"epoch {self.batches.epoch + 1}/{self.run.epochs} ELBO {self._mean('elbo')[-1]:.2f} nats", refresh=False)
+                    if time.monotonic() - self._saved_at > SAVE_EVERY_S:
+                        self.save()
+                line = self._finish_epoch(time.monotonic() - began)
+                bar.write(describe(line))
+                if writer is not None:
+                    log_scalars(writer, line)
+        except KeyboardInterrupt:
+            self.save()
+            bar.write(f"stopped after {self.updates} updates; the same command continues from {self.folder}")
+            raise
+        finally:
+            bar.close()
+            if writer is not None:
+                writer.close()
+        if self.fabric.global_rank == 0:
+            save_weights(self.folder / "final", self.model, self.run, self._facts(line))
+        return line
+
+    def _finish_epoch(self, seconds: float) -> dict[str, Any]:
+        valid = self.validate()
+        line = {
+            "epoch": self.batches.epoch,
+            "updates": self.updates,
+            "train_elbo": self._mean("elbo"),
+            "grad_mu": self._mean("grad_mu"),
+            "grad_log_sigma": self._mean("grad_log_sigma"),
+            "valid_elbo": valid,
+            "learning_rate": self.run.optimiser.rate(self.batches.epoch - 1, self.run.epochs),
+            "seconds": seconds,
+        }
+        self.sums, self.seen_batches = {}, 0
+        if self.fabric.global_rank == 0:
+            if valid[-1] > self.best:
+                self.best = valid[-1]
+                save_weights(self.folder / "best", self.model, self.run, self._facts(line))
+            with (self.folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        self.save()
+        return line
+
+    def validate(self, rows_at_once: int = 1000) -> list[float]:
+        """Mean validation ELBO after 0 … K steps in nats per row: fresh binarisation and noise, the same ones every epoch."""
+        generator = torch.Generator(self.device).manual_seed(VALIDATION_SEED)
+        sizes, refinement = self.model.generative.latent_sizes, self.run.refinement
+        totals: list[float] = [0.0] * (refinement.steps + 1)
+        for rows in self.valid_x.split(rows_at_once):
+            x = observe(rows, self.images.kind, generator)
+            mask = torch.ones_like(x)
+
+            def draw(k: int, rows: int = len(x)) -> Noise:
+                return fresh_noise(sizes, rows, refinement.samples, refinement.antithetic, self.device, generator)
+
+            states = refinement_states(self.model.generative, self.model.inference, x, mask, refinement.steps, draw)
+            for k, state in enumerate(states):
+                with torch.no_grad():
+                    measure = fresh_noise(sizes, len(x), 1, False, self.device, generator)
+                    totals[k] += float(elbo(self.model.generative, state.q, x, mask, measure).elbo.sum())
+        return [total / len(self.valid_x) for total in totals[: None if self.model.inference.refines else 1]]
+
+    def _add_up(self, trace: list[Seen]) -> None:
+        means = {name: torch.stack([getattr(seen, name).mean() for seen in trace]).tolist() for name in ("elbo", "grad_mu", "grad_log_sigma")}
+        if not all(math.isfinite(value) for values in means.values() for value in values):
+            raise TrainingFailed(
+                f"update {self.updates} (epoch {self.batches.epoch + 1}): the ELBO is not finite. The last good checkpoint is "
+                f"{self.folder / 'last.pt'}; lower the learning rate or clip_norm and resume, or start anew."
+            )
+        for name, values in means.items():
+            before = self.sums.get(name, [0.0] * len(values))
+            self.sums[name] = [a + b for a, b in zip(before, values, strict=True)]
+        self.seen_batches += 1
+
+    def _mean(self, name: str) -> list[float]:
+        return [value / max(1, self.seen_batches) for value in self.sums.get(name, [math.nan])]
+
+    # state -----------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes the resumable state (rank 0; the generators of other ranks are keyed by rank and epoch alone)."""
+        self._saved_at = time.monotonic()
+        if self.fabric.global_rank == 0:
+            save_last(
+                self.folder,
+                {
+                    "run": json.dumps(self.run.to_dict()),
+                    "model": self.model.state_dict(),
+                    "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
+                    "generators": {name: generator.get_state() for name, generator in self.generators.items()},
+                    "batches": dict(self.batches.state_dict()),
+                    "updates": self.updates,
+                    "best": self.best,
+                    "sums": self.sums,
+                    "seen_batches": self.seen_batches,
+                },
+            )
+
+    def resume(self) -> bool:
+        """Continues the run in the folder, if there is one.
+
+        Raises:
+            TrainingFailed: the folder holds another run.
+        """
+        state = load_last(self.folder, self.device)
+        if state is None:
+            return False
+        if RunConfig.from_dict(json.loads(state["run"])) != self.run:
+            raise TrainingFailed(f"{self.folder} holds a run with another configuration: choose another --output, or remove it")
+        self.model.load_state_dict(state["model"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+        self.batches.load_state_dict(state["batches"])
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name].cpu())
+        self.updates, self.best = state["updates"], state["best"]
+        self.sums, self.seen_batches = state["sums"], state["seen_batches"]
+        return True
+
+    def _facts(self, line: dict[str, Any]) -> dict[str, Any]:
+        return {"epoch": self.batches.epoch, "valid_elbo": line.get("valid_elbo"), "data_sha256": self.images.sha256, **machine()}
+
+
+def machine() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    return {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine()}
+
+
+def describe(line: dict[str, Any]) -> str:
+    """An epoch in one line of text."""
+    valid = line["valid_elbo"]
+    return (
+        f"epoch {line['epoch']:4d}  train {line['train_elbo'][-1]:8.2f}  valid {valid[-1]:8.2f} nats"
+        f"  (start {valid[0]:.1f}, 1 step {valid[min(1, len(valid) - 1)]:.2f})  {line['seconds']:.1f} s"
+    )
+
+
+def log_scalars(writer: SummaryWriter, line: dict[str, Any]) -> None:
+    """The epoch's figures, one curve per refinement step."""
+    for name in ("train_elbo", "valid_elbo", "grad_mu", "grad_log_sigma"):
+        for k, value in enumerate(line[name]):
+            writer.add_scalar(f"{name}/step_{k}", value, line["epoch"])  # type: ignore[no-untyped-call]
+    writer.add_scalar("learning_rate", line["learning_rate"], line["epoch"])  # type: ignore[no-untyped-call]
+
+

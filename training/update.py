@@ -1,0 +1,79 @@
+"""The gradients of one update, eager or compiled: the same arithmetic, the same noise, one signature.
+
+Compiled, the whole of `accumulate` (K decoder passes forward and back, K calls of f, φ's backward) is traced once into a
+flat graph of tensor operations and handed to torch's compiler, which fuses the elementwise work that takes a third of the
+eager time. Nothing is differentiated at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from models.catalogue import LatentModel
+from models.objective import Noise
+from training.step import Seen, accumulate
+
+Autocast = Callable[[], AbstractContextManager[object]]
+
+
+class Gradients:
+    """Puts the gradients of one update on the parameters of `model` and returns what was seen after 0 … K steps.
+
+    Args:
+        autocast: makes the context in which matrices may run at reduced precision.
+        compiled: trace and compile at the first call; every later call must have the same shapes.
+    """
+
+    def __init__(self, model: LatentModel, refinement_steps: int, autocast: Autocast, compiled: bool):
+        self._model, self._autocast = model, autocast
+        self._parameters = dict(model.named_parameters())
+        self._update = _Accumulate(model, refinement_steps, len(model.generative.latent_sizes))
+        self._compiled: Callable[..., list[Tensor]] | None = None
+        self._wants_compiled = compiled
+
+    def __call__(self, x: Tensor, mask: Tensor, noise: list[Noise], kl_weight: float) -> list[Seen]:
+        """x, mask: (B, X). noise: K + 1 draws (direct: 1), each (B, S, D) per level."""
+        weight = torch.tensor(kl_weight, device=x.device)
+        flat = [part for draw in noise for part in draw]
+        if not self._wants_compiled:
+            with self._autocast():
+                return _seen(self._update(x, mask, weight, flat))
+        values = [parameter.detach() for parameter in self._parameters.values()]
+        if self._compiled is None:
+            self._compiled = torch.compile(make_fx(self._pure)(values, x, mask, weight, flat), fullgraph=True)
+        with torch.no_grad():
+            outputs = self._compiled(values, x, mask, weight, flat)
+        for parameter, gradient in zip(self._parameters.values(), outputs, strict=False):
+            parameter.grad = gradient
+        return _seen(outputs[len(self._parameters) :])
+
+    def _pure(self, values: list[Tensor], x: Tensor, mask: Tensor, weight: Tensor, noise: list[Tensor]) -> list[Tensor]:
+        """The update without side effects: parameters in, their gradients and the trace out."""
+        leaves = [value.detach().requires_grad_() for value in values]
+        swapped = {f"model.{name}": leaf for name, leaf in zip(self._parameters, leaves, strict=True)}
+        with torch.enable_grad(), self._autocast():
+            trace = functional_call(self._update, swapped, (x, mask, weight, noise))
+        return [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves] + trace
+
+
+class _Accumulate(nn.Module):
+    """`accumulate` as a module, so that `functional_call` can put other parameters in."""
+
+    def __init__(self, model: LatentModel, refinement_steps: int, levels: int):
+        super().__init__()
+        self.model, self.refinement_steps, self.levels = model, refinement_steps, levels
+
+    def forward(self, x: Tensor, mask: Tensor, kl_weight: Tensor, noise: list[Tensor]) -> list[Tensor]:
+        draws = iter(zip(*(noise[level :: self.levels] for level in range(self.levels)), strict=True))
+        trace = accumulate(self.model, x, mask, self.refinement_steps, lambda: next(draws), kl_weight)
+        return [part for seen in trace for part in (seen.elbo, seen.log_likelihood, seen.grad_mu, seen.grad_log_sigma)]
+
+
+def _seen(flat: list[Tensor]) -> list[Seen]:
+    return [Seen(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
