@@ -13,7 +13,6 @@ from training.data.errors import DataError
 from training.data.files import ENVIRONMENT, DataFile
 
 TIMEOUT_S = 30.0
-BLOCK_BYTES = 1 << 18
 
 
 def fetch(dataset: Dataset, folder: Path) -> list[Path]:
@@ -82,7 +81,7 @@ def _download(url: str, partial: Path, file: DataFile, client: httpx.Client) -> 
             partial.open("ab" if have else "wb") as out,
             tqdm(total=file.bytes, initial=have, desc=file.name, unit="B", unit_scale=True, disable=None) as bar,
         ):
-            for block in response.iter_raw(BLOCK_BYTES):
+            for block in response.iter_raw():
                 out.write(block)
                 bar.update(len(block))
                 if file.bytes is not None and out.tell() > file.bytes:

@@ -1,0 +1,81 @@
+"""`elbow-train data` as a user types it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training.data import cli
+from training.data.errors import DataError
+
+SAMPLE = Path(__file__).resolve().parents[2] / "data/mnist_sample.npz"
+
+
+@pytest.fixture(autouse=True)
+def _no_data_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ELBOW_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    return cli.run(parser.parse_args(["data", *arguments]))
+
+
+def write_mnist(root: Path) -> None:
+    (root / "mnist").mkdir()
+    np.savez_compressed(root / "mnist/mnist.npz", x_train=np.zeros((5_001, 28, 28), np.uint8))
+
+
+def test_the_list_names_every_set_and_says_how_to_get_the_missing_ones(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    assert run() == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(lines) == {"name", "mnist", "binarized_mnist", "fashion_mnist", "omniglot"}
+    assert "differs" in lines["mnist"]
+    assert str(tmp_path / "mnist/mnist.npz") in lines["mnist"]
+    assert "missing: elbow-train data fetch omniglot" in lines["omniglot"]
+
+
+def test_check_reads_a_set_and_fails_where_it_is_not_the_published_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    assert run("check", "mnist") == 1
+    out = capsys.readouterr().out
+    assert "1 training and 5,000 validation images of 28 x 28" in out
+    assert "not the published file" in out
+
+
+def test_check_takes_an_archive_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", f"npz:{SAMPLE}") == 0
+    assert "256 training and 64 validation images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [("check", "mnist"), ("check", "cifar"), ("fetch", "cifar")])
+def test_errors_go_to_stderr_with_status_1(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    assert run(*arguments) == 1
+    assert capsys.readouterr().err.startswith("elbow-train data: ")
+
+
+def test_fetch_puts_a_set_where_it_is_told_and_says_how_to_use_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fetched: list[Path] = []
+    monkeypatch.setattr(cli, "fetch", lambda dataset, folder: fetched.append(folder) or [folder / dataset.name])
+    assert run("fetch", "mnist") == 0
+    assert "export" not in capsys.readouterr().out
+    assert run("fetch", "mnist", "--to", "elsewhere") == 0
+    assert "export ELBOW_DATA=elsewhere" in capsys.readouterr().out
+    assert fetched == [tmp_path, Path("elsewhere")]
+
+
+def test_a_failed_download_is_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> None:
+        raise DataError("no network")
+
+    monkeypatch.setattr(cli, "fetch", fail)
+    assert run("fetch", "mnist") == 1
+    assert "no network" in capsys.readouterr().err
