@@ -1,0 +1,53 @@
+# The commands of this repository; CI runs the same ones. Everything lives in .venv: a stamp there remembers what is
+# installed, so a second run installs nothing. All versions come from constraints.txt (torch is pinned to a version that
+# has a CPU build). Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+export ORT_DISABLE_TELEMETRY = 1
+ELBOW_PORT ?= 8000
+export ELBOW_PORT
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+demo: $(VENV)/.core  ## serve the shipped models on port 8000 (or ELBOW_PORT), in the foreground; needs no torch
+	@echo "Elbow: http://127.0.0.1:$(ELBOW_PORT) (Ctrl-C ends it)"
+	@ELBOW_REPOSITORY=checkpoints exec $(BIN)/elbow-serve run
+
+test: $(VENV)/.dev  ## all tests but those marked slow, gpu, docker or ray; nothing from outside the repository
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev  ## every test; those whose machinery is missing are skipped and say why
+	$(BIN)/python -m pytest -m ""
+
+check: $(VENV)/.dev  ## lint and strict types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## every script of benchmarks/, one table each
+	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## remove .venv and the caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "Elbow needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The interpreter is an order-only prerequisite: it is a link whose time says nothing.
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.core $@
