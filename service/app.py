@@ -1,0 +1,126 @@
+"""create_app(settings): wires the parts in a lifespan. Besides the command line the only file that names concrete engines."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from models.artifact import Artifact, ArtifactError, Signer
+from service.deps import Server
+from service.engine.base import Engine
+from service.errors import ElbowError, handle_elbow_error, handle_http_exception
+from service.jobs import Limits
+from service.middleware import RequestMiddleware
+from service.openapi import describe_api
+from service.repository import Repository, card_sha256
+from service.routes import health, infer, models
+from service.settings import Settings
+from service.telemetry import Metrics
+
+
+class ElbowApp(FastAPI):
+    """FastAPI whose OpenAPI document names the loaded models."""
+
+    def openapi(self) -> dict[str, Any]:
+        server: Server = self.state.server
+        return describe_api(server.repository.all(), server.repository.newest(), server.limits)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Models are loaded and the scheduler started when the server starts it (its lifespan)."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        from service.scheduler.scheduler import Scheduler
+
+        scheduler = Scheduler(queue_rows=settings.queue_rows)
+        build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads)
+        repository = Repository(scheduler, build, _signer(settings))
+        repository.load_all(settings.repository)
+        if settings.closed_form:
+            _add_closed_form(repository)
+        metrics.models_loaded.set(len(repository.all()))
+        app.state.server = Server(scheduler, repository, limits_of(settings), metrics)
+        scheduler.start()
+        try:
+            yield
+        finally:
+            await scheduler.stop(settings.drain_s)
+
+    return assemble(metrics, lifespan)
+
+
+def assemble(metrics: Metrics, lifespan: Any) -> FastAPI:
+    """Routes, middleware and error handlers around a lifespan that sets `app.state.server`."""
+    app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    app.router.routes.extend([*infer.ROUTES, *models.ROUTES, *health.ROUTES])
+    app.add_middleware(RequestMiddleware, metrics=metrics)
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ElbowError)
+        metrics.refusals.labels(error.code).inc()
+        return await handle_elbow_error(request, error)
+
+    app.add_exception_handler(ElbowError, refuse)
+    app.add_exception_handler(HTTPException, handle_http_exception)
+    app.add_exception_handler(ClientDisconnect, _nobody_is_listening)
+    return app
+
+
+def limits_of(settings: Settings) -> Limits:
+    return Limits(
+        max_body_bytes=settings.max_body_bytes,
+        max_rows=settings.max_rows,
+        max_samples=settings.max_samples,
+        max_importance_samples=settings.max_importance_samples,
+        max_deadline_ms=settings.max_deadline_ms,
+    )
+
+
+def available_engines() -> list[str]:
+    """The engines whose library is installed, the preferred one first."""
+    return [name for name, library in (("onnx", "onnxruntime"), ("torchscript", "torch")) if importlib.util.find_spec(library)]
+
+
+def build_engine(artifact: Artifact, engine: str, threads: int) -> Engine:
+    """`engine` is "onnx", "torchscript", or "auto": the first of the two that is installed.
+
+    Raises:
+        ArtifactError: no engine is installed, or the artifact does not run on it as it should.
+    """
+    if engine == "auto":
+        engine = next(iter(available_engines()), "none")
+    if engine == "onnx":
+        from service.engine.onnx import OnnxEngine
+
+        return OnnxEngine(artifact, threads)
+    if engine == "torchscript":
+        from service.engine.torchscript import TorchScriptEngine
+
+        return TorchScriptEngine(artifact, threads)
+    raise ArtifactError("neither onnxruntime nor torch is installed: nothing can run this artifact")
+
+
+def _add_closed_form(repository: Repository) -> None:
+    from service.engine.closed_form import ClosedFormEngine
+
+    engine = ClosedFormEngine()
+    repository.add(engine, card_sha256(engine.card))
+
+
+def _signer(settings: Settings) -> Signer | None:
+    key = settings.signing_key
+    return None if key is None else Signer(secret=key.get_secret_value().encode())
+
+
+async def _nobody_is_listening(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)

@@ -1,0 +1,61 @@
+"""What routes work with: the parts of the running server, found through the application."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from starlette.requests import Request
+
+from service.jobs import Limits
+from service.repository import Repository, ServedModel
+from service.scheduler.job import Job, JobResult
+from service.telemetry import Call, Metrics
+
+
+class Scheduling(Protocol):
+    """The scheduler, as routes see it."""
+
+    @property
+    def accepting(self) -> bool:
+        """Whether it takes work: started, not draining, and its engine thread is alive."""
+        ...
+
+    async def submit(self, job: Job) -> JobResult:
+        """The job's result; cancelling the call frees its rows at the next tick. Raises ElbowError."""
+        ...
+
+    def predicted_ms(self, model: str, steps: int, rows: int) -> float:
+        """Time of one batch of `rows` rows through `steps` steps with one measurement, as measured on this machine."""
+        ...
+
+
+@dataclass(frozen=True)
+class Server:
+    """The wired parts of one application (app.py makes it)."""
+
+    scheduler: Scheduling
+    repository: Repository
+    limits: Limits
+    metrics: Metrics
+    clock: Callable[[], float] = time.monotonic
+
+
+def server_of(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+def model_of(request: Request, endpoint: str) -> ServedModel:
+    """The model and version the path names; from here on the request is counted under them.
+
+    Raises:
+        UnknownModel: there is no such model or version.
+    """
+    call: Call = request.scope["call"]
+    call.endpoint = endpoint
+    model = server_of(request).repository.get(request.path_params["model"], request.path_params.get("version"))
+    call.model, call.version = model.name, model.version
+    return model

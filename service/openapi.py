@@ -1,0 +1,238 @@
+"""The OpenAPI document: one concrete path per loaded model and call, with that model's exact lengths and bounds.
+
+FastAPI would describe `/v1/models/{model}/encode` once for all; a client reads more from `/v1/models/mnist-iterative/encode`
+whose `inputs` take exactly 784 numbers in [0, 1] and whose `steps` end at 128. The paths with `/versions/{version}` follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from models.artifact import Card, XSpec
+from service import schemas
+from service.errors import FRAMEWORK_CODES, PROBLEM_JSON, STATUS
+from service.jobs import MAX_DIRECT_STEPS, Limits
+from service.repository import ServedModel
+
+Json = dict[str, Any]
+
+BODIES: dict[str, tuple[type[schemas._Body], str]] = {
+    "encode": (schemas.EncodeBody, "Infer the posterior of each row, in as many steps as you choose."),
+    "refine": (schemas.RefineBody, "Go on from the posteriors of an earlier reply."),
+    "reconstruct": (schemas.ReconstructBody, "The parameters of p(x|z), from inputs or from posteriors."),
+    "score": (schemas.ScoreBody, "Importance-weighted log p(x), in nats, and the quantile of the ELBO among training rows."),
+    "generate": (schemas.GenerateBody, "Draws from the prior, or points between two posteriors."),
+}
+STREAMS = ("encode", "refine")
+
+
+def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], limits: Limits) -> Json:
+    """The document for the models loaded now: `newest` without, all of `models` with the version in the path."""
+    paths: Json = {}
+    for model in newest:
+        paths |= _model_paths(model, f"/v1/models/{model.name}", limits)
+    for model in models:
+        paths |= _model_paths(model, f"/v1/models/{model.name}/versions/{model.version}", limits)
+    paths["/v1/models"] = {"get": _get("models", "The models served here.", tag="models")}
+    for path, summary in (("/livez", "The process runs."), ("/readyz", "Models are loaded and work is taken.")):
+        paths[path] = {"get": _get("health", summary, tag="health", refusals=(503,) if path == "/readyz" else ())}
+    paths["/metrics"] = {"get": {"summary": "Prometheus metrics.", "tags": ["health"], "responses": {"200": {"description": "text"}}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Elbow",
+            "version": "1",
+            "description": "Posterior inference whose cost the client chooses. ELBOs and likelihoods are in nats per row.",
+        },
+        "paths": paths,
+        "components": {"schemas": {"Problem": _problem(), "Result": _result(), "Posterior": _posterior_out()}},
+    }
+
+
+def _model_paths(model: ServedModel, prefix: str, limits: Limits) -> Json:
+    paths: Json = {
+        prefix: {"get": _get("model", f"The card of {model.name}.", tag=model.name)},
+        f"{prefix}/curve": {"get": _get("curve", "ELBO against steps and milliseconds on this server.", tag=model.name)},
+    }
+    for call, (body, summary) in BODIES.items():
+        paths[f"{prefix}/{call}"] = {"post": _post(call, body, summary, model, limits)}
+    return paths
+
+
+def _post(call: str, body: type[schemas._Body], summary: str, model: ServedModel, limits: Limits) -> Json:
+    content: Json = {"application/json": {"schema": _reply_schema()}}
+    if call in STREAMS:
+        content["text/event-stream"] = {"schema": {"type": "string", "description": "event: step per row and step, then event: done"}}
+    return {
+        "summary": summary,
+        "tags": [model.name],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _body_schema(body, model.card, limits), "example": _example(call, model.card)}},
+        },
+        "responses": {"200": {"description": "one result per row, in order", "content": content}, **_problems(STATUS.values())},
+    }
+
+
+def _body_schema(body: type[schemas._Body], card: Card, limits: Limits) -> Json:
+    """The pydantic schema with the parts that only the card and the limits know filled in."""
+    schema = body.model_json_schema(by_alias=True)
+    fields: Json = schema["properties"]
+    rows = {"minItems": 1, "maxItems": limits.max_rows}
+    exact = {
+        "inputs": {"type": "array", "items": _row(card.x), **rows},
+        "mask": {"type": ["array", "null"], "items": _row(card.x, mask=True), **rows},
+        "posterior": {"type": "array", "items": _posterior_in(card), **rows},
+        "between": {"type": ["array", "null"], "items": _posterior_in(card), "minItems": 2, "maxItems": 2},
+        "seed": {"anyOf": [_seed(), {"type": "array", "items": _seed(), **rows}]},
+    }
+    for name in fields.keys() & exact.keys():
+        if name != "seed" or "type" not in fields[name]:
+            fields[name] |= exact[name]
+    if body is schemas.ReconstructBody:
+        for name in ("inputs", "posterior"):
+            fields[name]["type"] = ["array", "null"]
+    most = card.max_steps if card.iterative else MAX_DIRECT_STEPS
+    bounds = {
+        "steps": ("anyOf", most),
+        "deadline_ms": ("anyOf", limits.max_deadline_ms),
+        "samples": ("", limits.max_importance_samples if body is schemas.ScoreBody else limits.max_samples),
+        "count": ("", limits.max_rows),
+    }
+    for name, (kind, maximum) in bounds.items():
+        if name in fields:
+            (fields[name][kind][0] if kind else fields[name])["maximum"] = maximum
+    return schema
+
+
+def _row(x: XSpec, mask: bool = False) -> Json:
+    number: Json = {"enum": [0, 1, False, True]} if mask else {"type": "number"}
+    if not mask and x.minimum is not None:
+        number["minimum"] = x.minimum
+    if not mask and x.maximum is not None:
+        number["maximum"] = x.maximum
+    flat = _vector(x.size, number)
+    if len(x.shape) == 1:
+        return flat
+    nested = number
+    for size in reversed(x.shape):
+        nested = _vector(size, nested)
+    return {"anyOf": [flat, nested]}
+
+
+def _vector(size: int, items: Json) -> Json:
+    return {"type": "array", "items": items, "minItems": size, "maxItems": size}
+
+
+def _seed() -> Json:
+    return {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}
+
+
+def _posterior_in(card: Card) -> Json:
+    levels = [
+        {
+            "type": "object",
+            "required": sorted(level.parameters),
+            "properties": {
+                **{name: _vector(level.size, {"type": "number"}) for name in level.parameters},
+                "kl": {"type": ["number", "null"]},
+            },
+            "additionalProperties": False,
+        }
+        for level in card.levels
+    ]
+    return {
+        "type": "object",
+        "required": ["step", "levels"],
+        "properties": {
+            "step": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+            "levels": {"type": "array", "prefixItems": levels, "minItems": len(levels), "maxItems": len(levels), "items": False},
+            "carry": {"type": ["string", "null"]},
+        },
+        "additionalProperties": False,
+    }
+
+
+def _example(call: str, card: Card) -> Json:
+    if call == "generate":
+        return {"count": 2, "seed": 0}
+    low = 0.0 if card.x.minimum is None else max(card.x.minimum, 0.0)
+    example: Json = {"inputs": [[low] * card.x.size], "steps": card.trained_steps}
+    if call == "refine":
+        flat = [{name: [0.0] * level.size for name in level.parameters} for level in card.levels]
+        example["posterior"] = [{"step": 0, "levels": flat}]
+    return example
+
+
+def _get(name: str, summary: str, tag: str, refusals: Sequence[int] = ()) -> Json:
+    content = {"application/json": {"schema": {"type": "object", "title": name}}}
+    return {"summary": summary, "tags": [tag], "responses": {"200": {"description": summary, "content": content}, **_problems(refusals)}}
+
+
+def _problems(statuses: Any) -> Json:
+    codes = {status: sorted(_codes_of(status)) for status in sorted(set(statuses))}
+    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {str(status): {"description": ", ".join(names), "content": content} for status, names in codes.items()}
+
+
+def _codes_of(status: int) -> list[str]:
+    return [error.code for error, code in STATUS.items() if code == status]
+
+
+def _problem() -> Json:
+    text: Json = {"type": "string"}
+    codes = {error.code for error in STATUS} | {*FRAMEWORK_CODES.values(), "internal"}
+    item = {"type": "object", "properties": {"field": text, "message": text}, "required": ["field", "message"]}
+    return {
+        "type": "object",
+        "description": "RFC 9457 problem document",
+        "required": ["type", "title", "status", "detail", "instance", "error", "code", "request_id"],
+        "properties": {
+            **{name: text for name in ("type", "title", "detail", "instance", "error", "request_id")},
+            "status": {"type": "integer"},
+            "code": {"type": "string", "enum": sorted(codes)},
+            "retry_after_s": {"type": "number"},
+            "errors": {"type": "array", "items": item},
+        },
+    }
+
+
+def _posterior_out() -> Json:
+    numbers = {"type": "array", "items": {"type": "number"}}
+    level = {"type": "object", "properties": {"mu": numbers, "log_sigma": numbers, "kl": {"type": ["number", "null"]}}}
+    return {
+        "type": "object",
+        "properties": {"step": {"type": "integer"}, "levels": {"type": "array", "items": level}, "carry": {"type": "string"}},
+    }
+
+
+def _result() -> Json:
+    number: Json = {"type": ["number", "null"]}
+    return {
+        "type": "object",
+        "properties": {
+            **{name: number for name in ("elbo", "log_likelihood", "kl", "log_px", "elbo_quantile")},
+            "steps_used": {"type": "integer"},
+            "stop_reason": {"enum": ["steps", "deadline", "converged", "degraded", "nonfinite", "optimum"]},
+            "posterior": {"$ref": "#/components/schemas/Posterior"},
+            "trace": {"type": "array", "items": number},
+            "reconstruction": {"type": "object"},
+            "z": {"type": "object"},
+        },
+    }
+
+
+def _reply_schema() -> Json:
+    timing = {name: {"type": "number"} for name in ("queue_ms", "compute_ms", "predicted_ms")} | {"batch_rows": {"type": "integer"}}
+    return {
+        "type": "object",
+        "required": ["model", "version", "seed", "results", "timing"],
+        "properties": {
+            "model": {"type": "string"},
+            "version": {"type": "string"},
+            "seed": {},
+            "results": {"type": "array", "items": {"$ref": "#/components/schemas/Result"}},
+            "timing": {"type": "object", "properties": timing},
+        },
+    }

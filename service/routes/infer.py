@@ -1,0 +1,83 @@
+"""POST encode, refine, reconstruct, score, generate: parse, submit, shape. Plain Starlette routes: nothing per request but this.
+
+Every call also exists with /versions/{version}; encode and refine also stream (`Accept: text/event-stream`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from service import jobs, replies, schemas
+from service.body import in_worker_if_large, parse_object, read_body
+from service.deps import model_of, server_of
+from service.repository import ServedModel
+from service.scheduler.job import Job, JobResult
+from service.submission import Show, events, submit
+
+EVENT_STREAM = "text/event-stream"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One call: its body, how a body becomes a job, how a result becomes a reply, and whether it streams."""
+
+    name: str
+    body: type[Any]
+    job: Callable[[Any, ServedModel, jobs.Limits, float], Job]
+    reply: Callable[[ServedModel, JobResult, Any], dict[str, Any]]
+    streams: bool = False
+
+    async def __call__(self, request: Request) -> Response:
+        server = server_of(request)
+        arrival = server.clock()
+        model = model_of(request, self.name)
+        raw = await read_body(request, server.limits.max_body_bytes)
+
+        def prepare() -> tuple[Any, Job]:
+            body = schemas.read_body_fields(self.body, parse_object(raw))
+            return body, self.job(body, model, server.limits, arrival)
+
+        body, job = await in_worker_if_large(len(raw), prepare)
+        if self.streams and EVENT_STREAM in request.headers.get("accept", ""):
+            show = Show(partial(replies.step_event, model, parts=body.parts), lambda result: self.reply(model, result, body))
+            frames = await events(request, server, model, job, show=show)
+            return StreamingResponse(frames, media_type=EVENT_STREAM, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        return replies.json_response(self.reply(model, await submit(request, server, model, job), body))
+
+
+def _encode_reply(model: ServedModel, result: JobResult, body: schemas.EncodeBody) -> dict[str, Any]:
+    return replies.encode_reply(model, result, body.seed, body.parts)
+
+
+def _generate_job(body: schemas.GenerateBody, model: ServedModel, limits: jobs.Limits, arrival: float) -> Job:
+    return jobs.generate_job(body, model, limits)
+
+
+ENDPOINTS = (
+    Endpoint("encode", schemas.EncodeBody, jobs.encode_job, _encode_reply, streams=True),
+    Endpoint("refine", schemas.RefineBody, jobs.refine_job, _encode_reply, streams=True),
+    Endpoint("reconstruct", schemas.ReconstructBody, jobs.reconstruct_job, lambda m, r, body: replies.reconstruct_reply(m, r, body.seed)),
+    Endpoint("score", schemas.ScoreBody, jobs.score_job, lambda m, r, body: replies.score_reply(m, r, body.seed)),
+    Endpoint("generate", schemas.GenerateBody, _generate_job, lambda m, r, body: replies.generate_reply(m, r, body.seed)),
+)
+
+
+def _route(path: str, endpoint: Endpoint) -> Route:
+    async def call(request: Request) -> Response:  # Starlette takes functions as request -> response, other callables as ASGI
+        return await endpoint(request)
+
+    return Route(path, call, methods=["POST"], name=endpoint.name, include_in_schema=False)
+
+
+ROUTES = [
+    _route(f"/v1/models/{{model}}{version}/{endpoint.name}", endpoint)
+    for endpoint in ENDPOINTS
+    for version in ("", "/versions/{version}")
+]

@@ -1,0 +1,60 @@
+"""All that comes from the environment, read once by the entry point and passed to `create_app`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "ELBOW_"
+FOREIGN = frozenset({"ELBOW_DATA"})  # read by training, harmless here
+
+
+class Settings(BaseSettings):
+    """The deployment of one server. Each field is the environment variable ELBOW_<FIELD>; secrets are masked in `repr`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535)
+    repository: Path = Field(default=Path("artifacts"), description="folder of <name>/<version>/ artifacts")
+    closed_form: bool = Field(default=False, description="also serve the exact conjugate-Gaussian stand-in, for demos and load runs")
+    engine: Literal["auto", "onnx", "torchscript"] = Field(default="auto", description="auto: onnxruntime where installed, else torch")
+    threads: int = Field(default=0, ge=0, le=1024, description="compute threads of the engine; 0: all cores but one, at least one")
+    signing_key: SecretStr | None = Field(default=None, description="if set, only artifacts signed with it (HMAC-SHA256) are loaded")
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024, description="largest request body")
+    max_rows: int = Field(default=10_000, ge=1, description="most rows in one request")
+    max_samples: int = Field(default=256, ge=1, description="most measuring or drawn samples per row")
+    max_importance_samples: int = Field(default=5_000, ge=1, description="most samples of the importance-weighted log p(x)")
+    max_deadline_ms: float = Field(default=600_000.0, gt=0, description="longest deadline a client may name")
+    queue_rows: int = Field(default=20_000, ge=1, description="rows waiting or in flight, over all requests; beyond it: 503")
+    drain_s: float = Field(default=10.0, ge=0, description="time that running requests get at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="debug logs every request")
+
+    @model_validator(mode="after")
+    def _one_request_fits_the_queue(self) -> Settings:
+        if self.max_rows > self.queue_rows:
+            raise ValueError(f"ELBOW_MAX_ROWS ({self.max_rows}) must not exceed ELBOW_QUEUE_ROWS ({self.queue_rows})")
+        return self
+
+    @property
+    def engine_threads(self) -> int:
+        """Threads for compute: what was asked for, else every core but the one that parses and answers."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from the environment.
+
+    Raises:
+        ValueError: a variable is out of bounds, or begins with ELBOW_ and is none of ours (misspelt), naming it.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | FOREIGN
+    unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+    if unknown:
+        raise ValueError(f"unknown variable {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+    return Settings()

@@ -1,0 +1,130 @@
+"""Hands a job to the scheduler on behalf of a client who may leave: then the job is cancelled and its rows are freed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+from service.deps import Server
+from service.errors import ElbowError, problem
+from service.jobs import with_events
+from service.replies import dump
+from service.repository import ServedModel
+from service.scheduler.job import Job, JobResult, StepEvent
+from service.telemetry import Metrics
+
+
+async def submit(request: Request, server: Server, model: ServedModel, job: Job) -> JobResult:
+    """The job's result.
+
+    Raises:
+        ClientDisconnect: the client left; the job was cancelled.
+        ElbowError: as the scheduler says.
+    """
+    waiting = asyncio.current_task()
+    assert waiting is not None
+    watcher = asyncio.create_task(_cancel_when_gone(request.receive, waiting))
+    try:
+        with _in_flight(server.metrics, model, job.rows):
+            result = await server.scheduler.submit(job)
+    except asyncio.CancelledError:
+        if not watcher.done():
+            raise
+        waiting.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        watcher.cancel()
+    _observe(server.metrics, model, result)
+    return result
+
+
+@dataclass(frozen=True)
+class Show:
+    """How events look: the data of `step` and of `done`."""
+
+    step: Callable[[StepEvent], dict[str, Any]]
+    result: Callable[[JobResult], dict[str, Any]]
+
+
+async def events(request: Request, server: Server, model: ServedModel, job: Job, *, show: Show) -> AsyncIterator[bytes]:
+    """Server-sent events of a job: `step` for every row-step, then `done` with the reply, or `error` with a problem document.
+
+    Returns once the first event is there, so that a refusal at the door is an ordinary error reply.
+    """
+    loop = asyncio.get_running_loop()
+    told: asyncio.Queue[StepEvent | None] = asyncio.Queue()
+    job = with_events(job, lambda event: _from_engine_thread(loop, told, event))
+    running = asyncio.create_task(_run(server, model, job))
+    running.add_done_callback(lambda _: told.put_nowait(None))
+    try:
+        first = await told.get()
+    except asyncio.CancelledError:
+        running.cancel()
+        raise
+    if first is None:
+        running.result()  # raises what the scheduler refused with
+
+    async def frames() -> AsyncIterator[bytes]:
+        event = first
+        try:
+            while event is not None:
+                yield _frame("step", show.step(event))
+                event = await told.get()
+            yield _frame("done", show.result(await running))
+        except ElbowError as exc:  # the status line is long gone: the error travels as an event
+            yield _frame("error", problem(exc, instance=request.url.path, request_id=request.scope["request_id"]))
+        finally:
+            running.cancel()
+
+    return frames()
+
+
+async def _run(server: Server, model: ServedModel, job: Job) -> JobResult:
+    with _in_flight(server.metrics, model, job.rows):
+        result = await server.scheduler.submit(job)
+    _observe(server.metrics, model, result)
+    return result
+
+
+def _from_engine_thread(loop: asyncio.AbstractEventLoop, told: asyncio.Queue[StepEvent | None], event: StepEvent) -> None:
+    loop.call_soon_threadsafe(told.put_nowait, event)
+
+
+def _frame(event: str, data: dict[str, Any]) -> bytes:
+    return b"event: " + event.encode() + b"\ndata: " + dump(data) + b"\n\n"
+
+
+async def _cancel_when_gone(receive: Receive, waiting: asyncio.Task[Any]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    waiting.cancel()
+
+
+@contextmanager
+def _in_flight(metrics: Metrics, model: ServedModel, rows: int) -> Iterator[None]:
+    gauge = metrics.rows_in_flight.labels(model.name, model.version)
+    gauge.inc(rows)
+    try:
+        yield
+    finally:
+        gauge.dec(rows)
+
+
+def _observe(metrics: Metrics, model: ServedModel, result: JobResult) -> None:
+    """One observation per request: steps and ELBO as means over its rows."""
+    labels, timing = (model.name, model.version), result.timing
+    steps = float(result.steps_used.mean())
+    metrics.queue_wait.labels(*labels).observe(timing.queue_ms / 1e3)
+    metrics.step_duration.labels(*labels).observe(timing.compute_ms / 1e3 / (steps + 1))
+    metrics.batch_rows.labels(*labels).observe(timing.batch_rows)
+    metrics.steps_used.labels(*labels).observe(steps)
+    elbo = float(result.elbo.mean())
+    if math.isfinite(elbo):
+        metrics.elbo.labels(*labels).observe(-elbo)

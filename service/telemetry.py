@@ -1,0 +1,99 @@
+"""What the service says about itself: structured log lines and Prometheus metrics. Base units: seconds, rows, nats."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import orjson
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
+LOG = logging.getLogger("elbow")
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_STEP_SECONDS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+_COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: time, level, message and whatever was passed as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **{key: value for key, value in vars(record).items() if key not in _STANDARD},
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+def configure_logging(level: str) -> None:
+    """Sends every log line of the process to standard error, as JSON. Called by the entry point only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+@dataclass(slots=True)
+class Call:
+    """What is known of the request in hand; routes fill it in, the middleware reports it.
+
+    `model` and `version` stay empty until they are known to exist, so that no client can invent label values.
+    """
+
+    request_id: str
+    endpoint: str = "other"
+    model: str = ""
+    version: str = ""
+
+
+class Metrics:
+    """The counters and histograms of one application, on a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        call, model = ("endpoint", "model", "version"), ("model", "version")
+        self.requests = Counter("elbow_requests_total", "Requests answered.", (*call, "code"), registry=self.registry)
+        self.request_duration = Histogram(
+            "elbow_request_duration_seconds", "From request head to last byte of the reply.", call, buckets=_SECONDS, registry=self.registry
+        )
+        self.refusals = Counter("elbow_refusals_total", "Requests refused or failed, by problem code.", ("reason",), registry=self.registry)
+        self.queue_wait = Histogram(
+            "elbow_queue_wait_seconds", "From admission to the first batch.", model, buckets=_SECONDS, registry=self.registry
+        )
+        self.step_duration = Histogram(
+            "elbow_step_duration_seconds",
+            "Compute time of a request over its refinement steps (one more for the start and the measuring).",
+            model,
+            buckets=_STEP_SECONDS,
+            registry=self.registry,
+        )
+        self.batch_rows = Histogram(
+            "elbow_batch_rows", "Rows sharing the last batch of a request.", model, buckets=_COUNTS[1:], registry=self.registry
+        )
+        self.steps_used = Histogram("elbow_steps_used", "Refinement steps done for a row.", model, buckets=_COUNTS, registry=self.registry)
+        self.elbo = Histogram(
+            "elbow_negative_elbo_nats",
+            "Minus the ELBO of answered rows, in nats per row.",
+            model,
+            buckets=(-1000, -100, 0, 25, 50, 75, 100, 125, 150, 200, 300, 500, 1000, 10000),
+            registry=self.registry,
+        )
+        self.rows_in_flight = Gauge("elbow_rows_in_flight", "Rows admitted and not yet answered.", model, registry=self.registry)
+        self.models_loaded = Gauge("elbow_models_loaded", "Model versions being served.", registry=self.registry)
+
+    def answered(self, call: Call, status: int, seconds: float) -> None:
+        """One request left, with this status."""
+        self.requests.labels(call.endpoint, call.model, call.version, str(status)).inc()
+        self.request_duration.labels(call.endpoint, call.model, call.version).observe(seconds)
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
