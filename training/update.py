@@ -46,7 +46,9 @@ class Gradients:
                 return _seen(self._update(x, mask, weight, flat))
         values = [parameter.detach() for parameter in self._parameters.values()]
         if self._compiled is None:
-            self._compiled = torch.compile(make_fx(self._pure)(values, x, mask, weight, flat), fullgraph=True)
+            # a plain function: fx would count the `self` of a bound method as an argument
+            pure = make_fx(lambda *args: self._pure(*args))
+            self._compiled = torch.compile(pure(values, x, mask, weight, flat), fullgraph=True)
         with torch.no_grad():
             outputs = self._compiled(values, x, mask, weight, flat)
         for parameter, gradient in zip(self._parameters.values(), outputs, strict=False):
