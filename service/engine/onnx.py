@@ -1,0 +1,77 @@
+"""Programs as ONNX graphs, run by ONNX Runtime on the CPU. The only file that imports onnxruntime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact import Arrays, Artifact, ArtifactError, ProgramSpec
+from service.engine.base import HostRows
+from service.engine.parity import verify_parity
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, which else writes a device id into the home folder
+
+import onnxruntime as ort
+
+FORMAT = "onnx"
+
+
+class OnnxEngine(HostRows):
+    """An artifact's ONNX programs, one session each, with rows in host memory.
+
+    The graphs hold no weights: their initialisers point into weights.safetensors by offset, and are resolved because
+    each graph is loaded from its file.
+
+    Args:
+        artifact: verified; every program of its card must have an ONNX file.
+        threads: threads per operator. None of them spins between calls: the HTTP loop shares the cores.
+
+    Raises:
+        ArtifactError: a file cannot be loaded, does not fit the card, or fails the parity check.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int = 1):
+        self.name, self.card = FORMAT, artifact.card
+        self._programs = {program: _Program(artifact, program, spec, threads) for program, spec in artifact.card.programs.items()}
+        self.parity = verify_parity(self, artifact)
+
+    def run(self, program: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+        return self._programs[program](arrays)
+
+    def close(self) -> None:
+        self._programs.clear()
+
+
+class _Program:
+    """One session; the card's names stand for the graph's inputs and outputs in order."""
+
+    def __init__(self, artifact: Artifact, program: str, spec: ProgramSpec, threads: int):
+        if FORMAT not in spec.files:
+            raise ArtifactError(f"{artifact.path}: program {program!r} has no ONNX file; it has {sorted(spec.files) or 'none'}")
+        file = artifact.file(spec.files[FORMAT])
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # ONNX Runtime's errors share no base class that it exports
+            raise ArtifactError(f"{file}: ONNX Runtime cannot load it: {exc}") from exc
+        names = [node.name for node in self._session.get_inputs()]
+        self._returned = [node.name for node in self._session.get_outputs()]
+        if len(names) != len(spec.inputs) or len(self._returned) != len(spec.outputs):
+            raise ArtifactError(
+                f"{file}: {len(names)} inputs and {len(self._returned)} outputs, "
+                f"the card says {len(spec.inputs)} and {len(spec.outputs)} for program {program!r}"
+            )
+        self._inputs = [(name, tensor.name, np.dtype(tensor.dtype)) for name, tensor in zip(names, spec.inputs, strict=True)]
+        self._outputs = [tensor.name for tensor in spec.outputs]
+
+    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+        feeds = {name: np.ascontiguousarray(arrays[tensor], dtype) for name, tensor, dtype in self._inputs}
+        return dict(zip(self._outputs, self._session.run(self._returned, feeds), strict=True))

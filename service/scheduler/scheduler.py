@@ -1,0 +1,271 @@
+"""The scheduler: jobs in from any event loop, one engine thread that ticks, answers back with one call per tick and loop.
+
+    submit ─► door (known model? room? in time?) ─► lane's inbox ─► engine thread: tick, tick, … ─► settle ─► reply
+
+Without `start` there is no thread: `enqueue` and `tick` then drive everything synchronously (tests, tools).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from service.engine.base import Engine
+from service.errors import BackendFailure, Overloaded, ShuttingDown, UnknownModel
+from service.scheduler.job import Job, JobResult
+from service.scheduler.lane import Lane, choose
+from service.scheduler.queue import Ticket
+from service.scheduler.static_lane import Counts, StaticLane
+from service.scheduler.warm_up import warm_up
+
+_LOG = logging.getLogger("elbow.scheduler")
+_LARGEST_SHARE = 4
+"""A job weighs at most 1/4 of the waiting line, however many rows it has: it trickles in, and must not close the door to others."""
+
+
+class Scheduler:
+    """Schedules jobs on the models it was given (docs/decisions/scheduler.md).
+
+    Args:
+        clock: monotonic seconds; deadlines of jobs are on this clock.
+        queue_rows: rows that may wait, per model, before new jobs are refused.
+        slots: rows in flight, per model.
+        tick_s: how long a tick should take at most.
+        reply_s: kept free before a deadline, for the way back to the client.
+        retry_after_s: least time after which a refused client should come back.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        queue_rows: int = 4096,
+        slots: int = 1024,
+        tick_s: float = 0.002,
+        reply_s: float = 0.0005,
+        retry_after_s: float = 0.1,
+    ):
+        self._clock, self._queue_rows, self._slots, self._tick_s, self._reply_s = clock, queue_rows, slots, tick_s, reply_s
+        self._retry_after_s = retry_after_s
+        self._lanes: dict[str, StaticLane] = {}
+        self._running: list[StaticLane] = []
+        """Also lanes that were removed and still have jobs. Replaced, never changed in place: two threads read it."""
+        self._door = threading.Lock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._stop_at = float("inf")
+        self._ticks = 0
+
+    # Life.
+
+    def start(self) -> None:
+        """Starts the engine thread."""
+        if self._thread is not None:
+            raise RuntimeError("the scheduler was already started")
+        self._thread = threading.Thread(target=self._loop, name="elbow-engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new jobs, finishes what it can within `grace_s` seconds and answers the rest with ShuttingDown.
+
+        Elastic rows that had a step give up the others (`degraded`).
+        """
+        self._begin_stop(grace_s)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        else:
+            self.drain()
+        for lane in self._running:
+            lane.engine.close()
+        self._running, self._lanes = [], {}
+
+    def drain(self) -> None:
+        """Ticks until there is nothing left to do, or until the grace of `stop` is over."""
+        while self.tick():
+            if self._clock() >= self._stop_at:
+                break
+        if self._stopping:
+            self._fail_rest(ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s))
+
+    # Models.
+
+    def add_model(self, key: str, engine: Engine) -> None:
+        """Makes `engine` serve jobs for `key`: slots, warm-up and cost are measured here, in the calling thread.
+
+        A model of the same key is replaced: jobs it has are finished by it. Raises whatever the engine raises when warmed up.
+        """
+        lane = StaticLane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s)
+        warm_up(engine, lane.cost, self._clock, self._slots)
+        with self._door:
+            replaced = self._lanes.get(key)
+            if replaced is not None:
+                replaced.retiring = True
+            self._lanes[key] = lane
+            self._running = [*self._running, lane]
+
+    def remove_model(self, key: str) -> None:
+        """Refuses new jobs for `key`; its engine is closed, on the engine thread, after the jobs it has.
+
+        Raises:
+            UnknownModel: no such model.
+        """
+        with self._door:
+            lane = self._lanes.pop(key, None)
+            if lane is None:
+                raise UnknownModel(f"no model {key!r} is loaded")
+            lane.retiring = True
+        self._wake.set()
+
+    # Jobs.
+
+    async def submit(self, job: Job) -> JobResult:
+        """Waits for the result of `job`. Cancelling this frees the job's rows at the next tick.
+
+        Raises:
+            InvalidInput: the job does not fit the model.
+            UnknownModel: the model is not loaded.
+            Overloaded: too many rows wait already; with `retry_after_s`.
+            ShuttingDown: the server is stopping.
+            DeadlineExceeded: the deadline cannot be, or was not, met.
+            BackendFailure: the engine failed.
+        """
+        ticket = Ticket(job, self._clock())
+        ticket.loop = asyncio.get_running_loop()
+        ticket.future = ticket.loop.create_future()
+        self._put_in_line(ticket)
+        try:
+            return await ticket.future
+        except asyncio.CancelledError:
+            self.abandon(ticket)
+            raise
+
+    def enqueue(self, job: Job) -> Ticket:
+        """`submit` for callers without an event loop: the answer appears as the ticket's `outcome`. Raises as `submit` does at the door."""
+        ticket = Ticket(job, self._clock())
+        self._put_in_line(ticket)
+        return ticket
+
+    def abandon(self, ticket: Ticket) -> None:
+        """The waiter has gone: its rows are freed at the next tick."""
+        ticket.abandoned = True
+        for lane in self._running:
+            if lane.key == ticket.job.model:
+                lane.someone_left = True
+        self._wake.set()
+
+    def tick(self) -> bool:
+        """One tick of the lane whose turn it is; False if there was nothing to do. On the engine thread only."""
+        self._close_retired()
+        lane = choose(self._running)
+        if lane is None:
+            return False
+        self._ticks += 1
+        lane.last_served = self._ticks
+        try:
+            lane.tick(self._tick_s)
+        except Exception as exc:  # a fault of ours: every waiter still gets an answer, and the other lanes live on
+            _LOG.exception("a tick of %s failed", lane.key)
+            failure = BackendFailure(f"the scheduler failed on {lane.key}: {exc}")
+            failure.__cause__ = exc
+            lane.fail_all(failure)
+        self._settle(lane)
+        return True
+
+    # What is known of the models.
+
+    def stats(self) -> dict[str, Counts]:
+        """Counts per loaded model, as of now."""
+        return {key: replace(lane.counts) for key, lane in self._lanes.items()}
+
+    def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
+        """Milliseconds that one run of `program` takes on so many rows (and samples, for programs that take samples).
+
+        Raises:
+            UnknownModel: no such model.
+        """
+        lane = self._lanes.get(key)
+        if lane is None:
+            raise UnknownModel(f"no model {key!r} is loaded")
+        return 1e3 * lane.cost.seconds(program, rows * samples)
+
+    # Inside.
+
+    def _put_in_line(self, ticket: Ticket) -> None:
+        job = ticket.job
+        lane = self._lanes.get(job.model)
+        if lane is not None:
+            lane.prepare(ticket, ticket.arrived)
+        with self._door:
+            if self._stopping:
+                raise ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s)
+            if lane is None or lane.retiring:
+                lane = self._lanes.get(job.model)
+            if lane is None:
+                raise UnknownModel(f"no model {job.model!r} is loaded")
+            weight, waiting = min(job.rows, self._queue_rows // _LARGEST_SHARE), lane.weight_waiting
+            if waiting + weight > self._queue_rows:
+                raise Overloaded(
+                    f"{waiting} rows wait for {job.model}, {self._queue_rows} may",
+                    retry_after_s=max(self._retry_after_s, lane.backlog_s()),
+                )
+            ticket.weight = weight
+            lane.weight_in += weight
+            lane.inbox.append(ticket)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def _loop(self) -> None:
+        while True:
+            self._wake.clear()
+            if self.tick():
+                if self._clock() >= self._stop_at:
+                    break
+            elif self._stopping:
+                break
+            else:
+                self._wake.wait()
+        self._fail_rest(ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s))
+
+    def _begin_stop(self, grace_s: float) -> None:
+        with self._door:
+            self._stopping = True
+            self._stop_at = self._clock() + grace_s
+        for lane in self._running:
+            lane.draining = True
+        self._wake.set()
+
+    def _fail_rest(self, error: Exception) -> None:
+        for lane in self._running:
+            lane.fail_all(error)
+            self._settle(lane)
+
+    def _close_retired(self) -> None:
+        if not any(lane.retiring for lane in self._running):
+            return
+        with self._door:  # no job can enter a lane between the look and the close
+            over = [lane for lane in self._running if lane.retiring and not lane.has_work()]
+            self._running = [lane for lane in self._running if lane not in over]
+        for lane in over:
+            lane.engine.close()
+
+    def _settle(self, lane: Lane) -> None:
+        """Hands answers to their event loops: one call per loop, however many jobs were answered."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
+        for ticket in lane.answered():
+            if ticket.loop is not None:
+                by_loop.setdefault(ticket.loop, []).append(ticket)
+        for loop, tickets in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_settle_all, tickets)
+            except RuntimeError:  # the loop was closed: nobody is left to tell
+                _LOG.debug("an event loop was closed before %d answers reached it", len(tickets))
+
+
+def _settle_all(tickets: list[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.settle()

@@ -1,0 +1,632 @@
+"""One model of the static family under iteration-level scheduling: the unit of work is one step of one row.
+
+A tick: forget who has gone, admit rows into free slots (`init`), `step` once for the rows whose turn it is, `score` those that
+need a measure now, answer the jobs that are complete, then some final stages. Rows join and leave at every tick, so a
+request for one step is not held up by a neighbour's thirty-two.
+
+When more rows are in flight than a tick holds: up to half the places go to the earliest deadlines, the others by a fair
+order (start-time fair queueing): a row's tag grows by what its steps are charged, one for a job of one row, n where n rows
+of a job are in flight, and new jobs start one step ahead of the fair share, so that the first step comes at once and no job
+is starved by newcomers. Nothing is charged while all rows fit.
+
+Rows R of one model. ELBOs in nats; times in seconds of the injected clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact import Arrays
+from service.engine.base import Engine, Slots
+from service.errors import BackendFailure, DeadlineExceeded, InvalidInput
+from service.noise import Purpose
+from service.scheduler.cost import CostModel
+from service.scheduler.final_stages import NO_SLOT, FinalStages
+from service.scheduler.job import JobResult, StepEvent, StopReason, Timing
+from service.scheduler.noise_ahead import Noise, NoiseAhead
+from service.scheduler.queue import Ticket, WaitingLine
+from service.scheduler.results import Finished, blank
+from service.scheduler.rows import CODE, REASONS, RowTable
+
+TOLERANCE_SAMPLES = 8
+"""The gain of a late step, measured with fewer samples, drowns in noise (architecture.md, section 2)."""
+
+
+@dataclass
+class Counts:
+    """What a lane has done so far, and what it holds now."""
+
+    ticks: int = 0
+    steps: int = 0
+    rows_done: int = 0
+    jobs_done: int = 0
+    jobs_failed: int = 0
+    jobs_abandoned: int = 0
+    degraded: int = 0
+    rows_waiting: int = 0
+    rows_in_flight: int = 0
+    batch_rows: int = 0
+
+
+@dataclass
+class _Best:
+    """Best measured so far of a row whose steps are told."""
+
+    step: int
+    elbo: float
+    carry: Arrays
+    kl: NDArray[np.float32]
+
+
+@dataclass
+class StaticLane:
+    """One loaded model. `prepare` may be called from any thread, all else on the engine thread (or before it knows the lane)."""
+
+    key: str
+    engine: Engine
+    clock: Callable[[], float]
+    slots: int
+    tick_s: float
+    reply_s: float
+    inbox: deque[Ticket] = field(default_factory=deque)
+    someone_left: bool = False
+    draining: bool = False
+    retiring: bool = False
+    passed_over: int = 0
+    last_served: int = 0
+    weight_in: int = 0
+    weight_out: int = 0
+
+    def __post_init__(self) -> None:
+        card = self.engine.card
+        self.counts, self.cost = Counts(), CostModel()
+        self.engine.allocate(self.slots)
+        self._rows = RowTable(self.slots, len(card.levels), card.max_steps)
+        self._noise, self._ahead = Noise(card), NoiseAhead(card, self._rows)
+        self._stages = FinalStages(
+            engine=self.engine, rows=self._rows, cost=self.cost, noise=self._noise, clock=self.clock, tick_s=self.tick_s
+        )
+        self._line = WaitingLine()
+        self._best: dict[int, _Best] = {}
+        self._answered: list[Ticket] = []
+        self._carry = [tensor.name for tensor in card.carry]
+        self._init_has_noise = any(tensor.name.startswith("noise") for tensor in card.programs["init"].inputs)
+        self._jobs_in_flight, self._virtual, self._parity = 0, 0.0, 0
+        self._overhead_s = 0.0
+
+    # At the door, from any thread.
+
+    def prepare(self, ticket: Ticket, now: float) -> None:
+        """Checks that the job fits the model and can be done in time, and predicts how long it takes.
+
+        Raises:
+            InvalidInput: more steps than the card allows, or arrays of the wrong shape.
+            DeadlineExceeded: not even what must be done fits before the deadline.
+        """
+        job, card = ticket.job, self.engine.card
+        budget = job.budget
+        if not 0 <= budget.steps <= card.max_steps and card.iterative:
+            raise InvalidInput.at("steps", f"must be between 0 and {card.max_steps}, got {budget.steps}")
+        expected = {"x": card.x.shape, "mask": card.x.shape, **{tensor.name: tensor.shape[1:] for tensor in card.carry}}
+        for name, value in (("x", job.x), ("mask", job.mask), *(job.carry or {}).items()):
+            if value is not None and value.shape != (job.rows, *expected.get(name, ())):
+                raise InvalidInput.at(name, f"must have shape {(job.rows, *expected.get(name, ()))}, got {value.shape}")
+        together = min(job.rows, self.slots)
+        start = self.cost.seconds("init", together) + self.cost.seconds("score", together * job.ask.samples)
+        final = self._stages.seconds(ticket) + self.reply_s
+        at_once = self.cost.largest("step", self.tick_s, self.slots)
+        rounds = math.ceil((self._rows.in_flight + job.rows) / at_once)
+        step = rounds * self.cost.seconds("step", min(at_once, self._rows.in_flight + job.rows))
+        steps = self._steps(ticket)
+        ticket.predicted_s = start + final + steps * step
+        if budget.deadline is None:
+            return
+        ticket.deadline = budget.deadline - final
+        needed = start if budget.elastic else start + steps * self.cost.seconds("step", together)
+        if now + needed > ticket.deadline:
+            what = "0 steps" if budget.elastic else f"{steps} steps"
+            raise DeadlineExceeded(
+                f"{what} would take {1e3 * (needed + final):.1f} ms, the deadline leaves {1e3 * (budget.deadline - now):.1f} ms"
+            )
+
+    @property
+    def weight_waiting(self) -> int:
+        """What waits, by the weights given at the door. Two counters, each written by one side only, need no lock."""
+        return self.weight_in - self.weight_out
+
+    def backlog_s(self) -> float:
+        """Predicted time until what is here now is done: after that a refused client may come back."""
+        at_once = self.cost.largest("step", self.tick_s, self.slots)
+        rows = self._rows.in_flight + self.weight_waiting
+        steps = self.counts.steps / max(1, self.counts.rows_done)
+        return rows / at_once * max(1.0, steps) * self.cost.seconds("step", at_once)
+
+    # What the engine thread asks of a lane.
+
+    def has_work(self) -> bool:
+        return bool(self.inbox or self._line or self._stages or self.someone_left or self._rows.in_flight)
+
+    def urgency(self) -> float:
+        active = self._rows.active
+        in_flight = float(self._rows.deadline[active].min()) if len(active) else math.inf
+        return min(in_flight, self._line.earliest_deadline())
+
+    def answered(self) -> list[Ticket]:
+        done, self._answered = self._answered, []
+        return done
+
+    def tick(self, budget_s: float) -> None:
+        started = self.clock()
+        self.counts.ticks += 1
+        self._in_engine_s = 0.0
+        self._receive()
+        if self.someone_left:
+            self._forget_abandoned()
+        self._refuse_late(started)
+        self._admit(budget_s)
+        self._yield_to_waiting()
+        self._refine(max(budget_s / 2, budget_s - (self.clock() - started)))
+        if self._stages:
+            self._finish(self._stages.tick(max(budget_s / 2, budget_s - (self.clock() - started)), self._fail_batch))
+        else:
+            overhead = self.clock() - started - self._in_engine_s
+            self._overhead_s += 0.1 * (min(overhead, 1e-2) - self._overhead_s)
+        self.counts.rows_in_flight = self._rows.in_flight
+
+    def fail_all(self, error: Exception) -> None:
+        self._receive()
+        held = {id(t): t for t in (*self._line, *self._stages.tickets(), *(t for t in self._rows.tickets if t is not None))}
+        self._end([t for t in held.values() if t.outcome is None], error)
+
+    # Entering.
+
+    def _receive(self) -> None:
+        while self.inbox:
+            ticket = self.inbox.popleft()
+            if ticket.job.rows == 0:
+                self._answer(ticket, blank(ticket.job, self.engine.card))
+            elif ticket.job.prior or ticket.job.z is not None:
+                ticket.started = self.clock()
+                if not self._stages.needed(ticket):
+                    self._answer(ticket, blank(ticket.job, self.engine.card))
+                else:
+                    self._stages.add(ticket, [(row, NO_SLOT) for row in range(ticket.job.rows)])
+            else:
+                self._line.add(ticket)
+                self.counts.rows_waiting += ticket.job.rows
+
+    def _admit(self, budget_s: float) -> None:
+        free = len(self._rows.free)
+        if not self._line or not free:
+            return
+        most = self.cost.largest("init", budget_s / 2, free)
+        taken = self._line.take(most, min(self.slots // 8, max(0, most - 1)))
+        if not taken:
+            return
+        now = self.clock()
+        tickets: list[Ticket] = []
+        records: list[tuple[Any, ...]] = []
+        for ticket, first, end in taken:
+            self._enter(ticket, now, end - first)
+            self.counts.rows_waiting -= end - first
+            tickets.extend([ticket] * (end - first))
+            records.extend(self._record(ticket, row) for row in range(first, end))
+        slots = self._rows.enter(tickets, records)
+        self._ahead.enter(slots)
+        try:
+            self._load(slots, taken)
+        except Exception as exc:
+            self._fail_batch([ticket for ticket, _, _ in taken], exc)
+            return
+        every = slots[self._rows.every[slots]]
+        if len(every):
+            self._measure(every)
+
+    def _enter(self, ticket: Ticket, now: float, count: int) -> None:
+        if ticket.in_flight == 0 and ticket.next_row == count:
+            ticket.started = now
+            ticket.tag = self._virtual - 1
+        if ticket.in_flight == 0:
+            self._jobs_in_flight += 1
+        ticket.in_flight += count
+        # What a large job was given while there was room for all is not held against it.
+        ticket.tag = min(max(ticket.tag, self._virtual - 1), self._virtual + ticket.in_flight)
+        if ticket.next_row == ticket.job.rows:
+            self._put_down(ticket)
+
+    def _record(self, ticket: Ticket, row: int) -> tuple[Any, ...]:
+        job, budget, ask = ticket.job, ticket.job.budget, ticket.job.ask
+        measurable = job.x is not None
+        events = job.on_step is not None and measurable
+        tolerance = budget.tolerance if measurable else None
+        every = (ask.trace and measurable) or events or tolerance is not None
+        steps = self._steps(ticket)
+        reason = StopReason.STEPS if self.engine.card.iterative or job.x is None else StopReason.CONVERGED
+        tag, ticket.tag = ticket.tag, ticket.tag + 1
+        return (
+            row,
+            job.seeds[row],
+            0 if job.first_step is None else job.first_step[row],
+            0,
+            steps,
+            max(ask.samples, TOLERANCE_SAMPLES) if tolerance is not None else ask.samples,
+            ticket.deadline,
+            -math.inf if tolerance is None else tolerance,
+            tag,
+            min(job.rows, self.slots),
+            budget.elastic,
+            every,
+            measurable and (ask.measure or every) and not self._stages.measures(ticket),
+            events,
+            self._stages.needed(ticket),
+            -1,
+            CODE[reason],
+        )
+
+    def _steps(self, ticket: Ticket) -> int:
+        return ticket.job.budget.steps if self.engine.card.iterative and ticket.job.x is not None else 0
+
+    def _load(self, slots: Slots, taken: list[tuple[Ticket, int, int]]) -> None:
+        """Writes x and mask, runs `init`, and puts what jobs brought along over the carry it made."""
+        card, place = self.engine.card, 0
+        given: list[tuple[Slots, Arrays]] = []
+        xs, masks, with_x = [], [], []
+        for ticket, first, end in taken:
+            job, mine = ticket.job, slots[place : place + end - first]
+            place += end - first
+            if job.x is not None:
+                xs.append(job.x[first:end])
+                masks.append(np.ones_like(job.x[first:end]) if job.mask is None else job.mask[first:end])
+                with_x.append(mine)
+            if job.carry is not None:
+                given.append((mine, {name: value[first:end] for name, value in job.carry.items()}))
+        if xs:
+            started = with_x[0] if len(with_x) == 1 else np.concatenate(with_x)
+            together = len(xs) > 1
+            self.engine.load_rows(
+                started, {"x": np.concatenate(xs) if together else xs[0], "mask": np.concatenate(masks) if together else masks[0]}
+            )
+            noise: Arrays = {}
+            if self._init_has_noise:
+                noise = self._noise.draw("init", self._rows.seed[started], Purpose.INIT, (0, card.samples))
+            self._timed("init", len(started), started, noise)
+        for mine, arrays in given:
+            self.engine.load_rows(mine, arrays)
+
+    # Refining.
+
+    def _refine(self, budget_s: float) -> None:
+        rows = self._rows
+        if not len(rows.active):
+            return
+        self._stop_late()
+        chosen = self._choose(budget_s)
+        self.counts.batch_rows = len(chosen)
+        stepping = chosen[rows.target[chosen] > rows.done[chosen]]
+        if len(stepping) and not self._step(stepping):
+            chosen = chosen[self._alive(chosen)]
+        ended = rows.target[chosen] <= rows.done[chosen]
+        due = rows.measured[chosen] != rows.done[chosen]
+        due &= rows.every[chosen] | (ended & rows.measure[chosen])
+        if np.any(due):
+            self._measure(chosen[due])
+            chosen = chosen[self._alive(chosen)]
+        over = chosen[rows.target[chosen] <= rows.done[chosen]]
+        if len(over):
+            self._leave_refinement(over)
+
+    def _alive(self, slots: Slots) -> NDArray[np.bool_]:
+        """Which of the slots still hold a row: the batch may have failed."""
+        return np.array([self._rows.tickets[slot] is not None for slot in slots.tolist()], np.bool_)
+
+    def _step(self, slots: Slots) -> bool:
+        """One step for the rows in `slots`; False if the engine failed (and the rows are gone)."""
+        rows = self._rows
+        try:
+            norm = self._timed("step", len(slots), slots, self._ahead.take(slots))["grad_norm"]
+        except Exception as exc:
+            self._fail_slots(slots, exc)
+            return False
+        finite = np.isfinite(norm)
+        if finite.all():
+            rows.done[slots] += 1
+        else:
+            rows.done[slots[finite]] += 1
+            rows.stop(slots[~finite], StopReason.NONFINITE)
+        self.counts.steps += len(slots)
+        return True
+
+    def _choose(self, budget_s: float) -> Slots:
+        """The rows of this tick: all of them, or as many as their steps and measures fit into `budget_s`."""
+        rows, active = self._rows, self._rows.active
+        places = self.cost.largest("step", budget_s, self.slots)
+        chosen = self._in_order(places) if len(active) > places else active
+        stepping = rows.target[chosen] > rows.done[chosen]
+        measured = rows.every[chosen] | (rows.measure[chosen] & (rows.done[chosen] + 1 >= rows.target[chosen]))
+        predicted = self.cost.seconds("step", int(np.count_nonzero(stepping)))
+        predicted += self.cost.seconds("score", int(rows.samples[chosen[measured]].sum()))
+        if predicted > budget_s and len(chosen) > 1:
+            chosen = self._in_order(max(1, int(len(chosen) * budget_s / predicted)))
+        if len(chosen) < len(active):
+            rows.tag[chosen] += rows.charge[chosen]
+            self._virtual += len(chosen) / max(1, self._jobs_in_flight)
+        return chosen
+
+    def _in_order(self, places: int) -> Slots:
+        """The first `places` rows: those that only need to be measured, then half by deadline, then by the fair order."""
+        rows, active = self._rows, self._rows.active
+        stepping = rows.target[active] > rows.done[active]
+        over = active[~stepping][:places]
+        left, places = active[stepping], places - len(over)
+        deadlines = rows.deadline[left]
+        urgent = left[:0]
+        if places and deadlines.min(initial=math.inf) < math.inf:
+            self._parity ^= 1  # of a single place, every other tick
+            count = min((places + self._parity) // 2, int(np.count_nonzero(deadlines < math.inf)))
+            order = np.argsort(deadlines, kind="stable")
+            urgent, left = left[order[:count]], left[np.sort(order[count:])]
+            places -= count
+        if places < len(left):
+            left = left[np.argsort(rows.tag[left], kind="stable")[:places]]
+        return np.concatenate([over, urgent, left])
+
+    def _stop_late(self) -> None:
+        """Stops rows for which one more step, its measure and the reply would miss the deadline."""
+        rows, active = self._rows, self._rows.active
+        deadlines = rows.deadline[active]
+        if deadlines.min() == math.inf:
+            return
+        places = self.cost.largest("step", self.tick_s, self.slots)
+        together = min(places, len(active))
+        step = math.ceil(len(active) / places) * (self.cost.seconds("step", together) + self._overhead_s)
+        score = self.cost.seconds("score", int(together * rows.samples[active].mean()))
+        now, unfinished, elastic = self.clock(), rows.target[active] > rows.done[active], rows.elastic[active]
+        late = unfinished & elastic & (now + step + score > deadlines)
+        if np.any(late):
+            rows.stop(active[late], StopReason.DEADLINE)
+        missed = unfinished & ~elastic & (now + score > deadlines)
+        if np.any(missed):
+            self._end(self._tickets(active[missed]), DeadlineExceeded("not all steps could be done before the deadline"))
+
+    def _yield_to_waiting(self) -> None:
+        """Elastic rows that had a step make room when rows wait and no slot is free, those with the most steps first."""
+        rows = self._rows
+        full = bool(self._line) and not rows.free
+        if not (full or self.draining) or not len(rows.active):
+            return
+        active = rows.active
+        able = active[rows.elastic[active] & (rows.done[active] > 0) & (rows.done[active] < rows.target[active])]
+        if not self.draining:
+            able = able[np.argsort(-rows.done[able], kind="stable")[: self.counts.rows_waiting]]
+        if len(able):
+            self.counts.degraded += len(able)
+            rows.stop(able, StopReason.DEGRADED)
+
+    # Measuring.
+
+    def _measure(self, slots: Slots, purpose: Purpose = Purpose.MEASURE) -> None:
+        """Scores the current λ of these rows, one batch per number of samples; rows of a batch that fails are gone afterwards."""
+        rows = self._rows
+        samples = rows.samples[slots]
+        counts = [int(samples[0])] if (samples == samples[0]).all() else np.unique(samples).tolist()
+        for count in counts:
+            batch = slots if len(counts) == 1 else slots[samples == count]
+            try:
+                noise = self._noise.draw("score", rows.seed[batch], purpose, (0, count))
+                scores = self._timed("score", len(batch) * count, batch, noise)
+            except Exception as exc:
+                self._fail_slots(batch, exc)
+                continue
+            likelihood, kl = scores["log_likelihood"].mean(axis=1, dtype=np.float64), scores["kl"]
+            if purpose is Purpose.VERIFY:
+                rows.log_likelihood[batch], rows.kl[batch] = likelihood, kl
+                continue
+            elbo = rows.record(batch, likelihood, kl)
+            if not np.isfinite(elbo).all():
+                rows.stop(batch[~np.isfinite(elbo)], StopReason.NONFINITE)
+            told = np.flatnonzero(rows.events[batch])
+            if len(told):
+                self._tell(batch[told], elbo[told], kl[told])
+
+    def _tell(self, slots: Slots, elbo: NDArray[np.float64], kl: NDArray[np.float32]) -> None:
+        """Keeps the best carry of rows whose jobs want events, and tells them."""
+        rows, carry = self._rows, self.engine.read_rows(slots, self._carry)
+        for i, slot in enumerate(slots.tolist()):
+            ticket, step, best = rows.tickets[slot], int(rows.done[slot]), self._best.get(slot)
+            if ticket is None or ticket.outcome is not None:
+                continue
+            at = int(rows.first[slot]) + step
+            if best is None or step == 0 or elbo[i] > best.elbo:
+                best = self._best[slot] = _Best(at, float(elbo[i]), {name: value[i].copy() for name, value in carry.items()}, kl[i].copy())
+            event = StepEvent(int(rows.row[slot]), at, float(elbo[i]), best.step, best.elbo, best.carry, best.kl)
+            assert ticket.job.on_step is not None
+            try:
+                ticket.job.on_step(event)
+            except Exception as exc:
+                self._fail_batch([ticket], exc)
+
+    # Leaving.
+
+    def _leave_refinement(self, slots: Slots) -> None:
+        rows = self._rows
+        rows.deactivate(slots)
+        told = slots[rows.events[slots]]
+        if len(told):
+            self._return_best(told)
+            slots = slots[self._alive(slots)]
+        staying = rows.outputs[slots]
+        for slot in slots[staying].tolist():
+            ticket = rows.ticket(slot)
+            self._stages.add(ticket, [(int(rows.row[slot]), slot)])
+        if not staying.all():
+            self._retire(slots[~staying])
+
+    def _return_best(self, slots: Slots) -> None:
+        """Puts the best carry back and scores it by a third stream: the value that made it the best is biased upwards."""
+        best = [self._best[slot] for slot in slots.tolist()]
+        try:
+            self.engine.load_rows(slots, {name: np.stack([kept.carry[name] for kept in best]) for name in self._carry})
+        except Exception as exc:
+            self._fail_slots(slots, exc)
+            return
+        self._measure(slots, Purpose.VERIFY)
+
+    def _finish(self, through: list[tuple[Ticket, int, int]]) -> None:
+        slots = [slot for _, _, slot in through if slot != NO_SLOT]
+        if slots:
+            self._retire(np.array(slots, np.intp))
+        for ticket, _, slot in through:
+            if slot == NO_SLOT:
+                ticket.left -= 1
+                self.counts.rows_done += 1
+                if ticket.left == 0:
+                    self._complete(ticket)
+
+    def _retire(self, slots: Slots) -> None:
+        """Writes the results of rows that are done, frees their slots, answers the jobs that are complete."""
+        rows = self._rows
+        try:
+            carry = self.engine.read_rows(slots, self._carry)
+        except Exception as exc:
+            self._fail_slots(slots, exc)
+            return
+        indices = slots.tolist()
+        step = rows.first[slots] + rows.done[slots]
+        if self._best:
+            for i, slot in enumerate(indices):
+                best = self._best.pop(slot, None)
+                if best is not None:
+                    step[i] = best.step
+        finished = Finished(
+            log_likelihood=rows.log_likelihood[slots],
+            kl=rows.kl[slots],
+            steps_used=rows.done[slots],
+            step=step,
+            stop_reason=[REASONS[code] for code in rows.reason[slots].tolist()],
+            carry=carry,
+            traces=rows.trace[slots, : int(rows.done[slots].max()) + 1],
+            traced=rows.every[slots],
+        )
+        complete = self._deliver(finished, indices)
+        rows.release(indices)
+        self.counts.rows_done += len(indices)
+        for ticket in complete:
+            self._complete(ticket)
+
+    def _deliver(self, finished: Finished, slots: list[int]) -> list[Ticket]:
+        """Writes finished rows into their jobs' results; returns the jobs that lack nothing now."""
+        complete: list[Ticket] = []
+        several: dict[int, tuple[Ticket, list[int]]] = {}
+        for i, slot in enumerate(slots):
+            ticket = self._rows.ticket(slot)
+            ticket.left -= 1
+            ticket.in_flight -= 1
+            if ticket.in_flight == 0:
+                self._jobs_in_flight -= 1
+            if ticket.left == 0:
+                complete.append(ticket)
+            if ticket.result is None and ticket.job.rows == 1:
+                ticket.result = finished.alone(i, ticket.job.ask.trace)
+            else:
+                several.setdefault(id(ticket), (ticket, []))[1].append(i)
+        for ticket, which in several.values():
+            if ticket.result is None:
+                ticket.result = blank(ticket.job, self.engine.card)
+            finished.write(ticket.result, self._rows.row[[slots[i] for i in which]], which)
+        return complete
+
+    def _complete(self, ticket: Ticket) -> None:
+        now, budget, result = self.clock(), ticket.job.budget, ticket.result
+        assert result is not None
+        if budget.deadline is not None and not budget.elastic and now > budget.deadline:
+            self._end([ticket], DeadlineExceeded("the reply was ready only after the deadline"))
+            return
+        result.timing = Timing(
+            queue_ms=1e3 * (ticket.started - ticket.arrived),
+            compute_ms=1e3 * (now - ticket.started),
+            predicted_ms=1e3 * ticket.predicted_s,
+            batch_rows=self.counts.batch_rows,
+        )
+        self._answer(ticket, result)
+
+    def _answer(self, ticket: Ticket, outcome: JobResult | BaseException) -> None:
+        ticket.answer(outcome)
+        self._put_down(ticket)
+        self._answered.append(ticket)
+        self.counts.jobs_done += isinstance(outcome, JobResult)
+
+    def _put_down(self, ticket: Ticket) -> None:
+        """The ticket no longer weighs on the line."""
+        self.weight_out += ticket.weight
+        ticket.weight = 0
+
+    # Failing.
+
+    def _refuse_late(self, now: float) -> None:
+        """Jobs in line that can no longer be answered in time."""
+        if self._line.earliest_deadline() == math.inf:
+            return
+        start = self.cost.seconds("init", 1) + self.cost.seconds("score", 1)
+        late = [ticket for ticket in self._line if ticket.outcome is None and now + start > ticket.deadline]
+        if late:
+            self._end(late, DeadlineExceeded("the deadline passed while the request waited for its turn"))
+
+    def _forget_abandoned(self) -> None:
+        self.someone_left = False
+        held = {id(t): t for t in (*self._line, *self._stages.tickets(), *(t for t in self._rows.tickets if t is not None))}
+        gone = [ticket for ticket in held.values() if ticket.abandoned and ticket.outcome is None]
+        if gone:
+            self.counts.jobs_abandoned += len(gone)
+            self._end(gone, JobAbandoned("the waiter has gone"))
+
+    def _fail_slots(self, slots: Slots, error: Exception) -> None:
+        self._fail_batch(self._tickets(slots), error)
+
+    def _fail_batch(self, tickets: Collection[Ticket], error: Exception) -> None:
+        """Every job with a row in a batch that raised gets the failure; the lane lives on."""
+        failure = BackendFailure(f"the engine failed on a batch of {self.key}: {error}")
+        failure.__cause__ = error
+        alive = list({id(ticket): ticket for ticket in tickets if ticket.outcome is None}.values())
+        self.counts.jobs_failed += len(alive)
+        self._end(alive, failure)
+
+    def _tickets(self, slots: Slots) -> list[Ticket]:
+        found = {id(t): t for slot in slots.tolist() if (t := self._rows.tickets[slot]) is not None}
+        return list(found.values())
+
+    def _end(self, tickets: list[Ticket], error: Exception) -> None:
+        """Answers jobs early and takes everything of theirs out of line, slots and final stages."""
+        for ticket in tickets:
+            if ticket.in_flight:
+                self._jobs_in_flight -= 1
+                ticket.in_flight = 0
+            if ticket.next_row < ticket.job.rows and not (ticket.job.prior or ticket.job.z is not None):
+                self.counts.rows_waiting -= ticket.job.rows - ticket.next_row
+            self._answer(ticket, error)
+        over = [slot for slot, ticket in enumerate(self._rows.tickets) if ticket is not None and ticket.outcome is not None]
+        if over:
+            self._rows.deactivate(np.array(over, np.intp))
+            self._rows.release(over)
+            for slot in over:
+                self._best.pop(slot, None)
+        self._line.forget_answered()
+        self._stages.forget_answered()
+
+    def _timed(self, program: str, size: int, slots: Slots, noise: Mapping[str, NDArray[Any]]) -> Arrays:
+        started = self.clock()
+        outputs = self.engine.run_rows(program, slots, noise)
+        seconds = self.clock() - started
+        self._in_engine_s += seconds
+        self.cost.observe(program, size, seconds)
+        return outputs
+
+
+class JobAbandoned(Exception):
+    """Outcome of a job whose waiter has gone: nobody receives it."""
