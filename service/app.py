@@ -22,6 +22,7 @@ from service.middleware import RequestMiddleware
 from service.openapi import describe_api
 from service.repository import Repository, card_sha256
 from service.routes import health, infer, models
+from service.scheduler.scheduler import Scheduler
 from service.settings import Settings
 from service.telemetry import Metrics
 
@@ -40,8 +41,6 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        from service.scheduler.scheduler import Scheduler
-
         scheduler = Scheduler(queue_rows=settings.queue_rows)
         build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads)
         repository = Repository(scheduler, build, _signer(settings))
@@ -49,11 +48,12 @@ def create_app(settings: Settings) -> FastAPI:
         if settings.closed_form:
             _add_closed_form(repository)
         metrics.models_loaded.set(len(repository.all()))
-        app.state.server = Server(scheduler, repository, limits_of(settings), metrics)
+        server = app.state.server = Server(scheduler, repository, limits_of(settings), metrics)
         scheduler.start()
         try:
             yield
         finally:
+            server.draining = True
             await scheduler.stop(settings.drain_s)
 
     return assemble(metrics, lifespan)

@@ -18,29 +18,25 @@ from service.telemetry import Call, Metrics
 class Scheduling(Protocol):
     """The scheduler, as routes see it."""
 
-    @property
-    def accepting(self) -> bool:
-        """Whether it takes work: started, not draining, and its engine thread is alive."""
-        ...
-
     async def submit(self, job: Job) -> JobResult:
         """The job's result; cancelling the call frees its rows at the next tick. Raises ElbowError."""
         ...
 
-    def predicted_ms(self, model: str, steps: int, rows: int) -> float:
-        """Time of one batch of `rows` rows through `steps` steps with one measurement, as measured on this machine."""
+    def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
+        """Milliseconds that one run of `program` takes on so many rows, as measured on this machine."""
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
-    """The wired parts of one application (app.py makes it)."""
+    """The wired parts of one application (app.py makes it). `draining`: no longer ready, about to stop."""
 
     scheduler: Scheduling
     repository: Repository
     limits: Limits
     metrics: Metrics
     clock: Callable[[], float] = time.monotonic
+    draining: bool = False
 
 
 def server_of(request: Request) -> Server:

@@ -86,14 +86,11 @@ def reconstruct_job(body: ReconstructBody, model: ServedModel, limits: Limits, a
             raise InvalidInput.at(field, "has no meaning when posterior is given: refine goes on from a posterior")
     carry, first_step = read_posteriors(body.posterior, "posterior", model.card, model.sha256, limits.max_rows, needs_carry=False)
     rows = len(first_step)
-    nothing = np.zeros((rows, *model.card.x.shape), np.float32)
     return Job(
         model=model.key,
         seeds=_seeds(body.seed, rows),
         budget=Budget(steps=0, deadline=budget.deadline),
         ask=Ask(measure=False, mean=True, x=_draws(body.samples, rows, model.card, limits)),
-        x=nothing,
-        mask=nothing,
         carry=carry,
         first_step=first_step,
     )

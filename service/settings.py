@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "ELBOW_"
@@ -31,15 +31,9 @@ class Settings(BaseSettings):
     max_samples: int = Field(default=256, ge=1, description="most measuring or drawn samples per row")
     max_importance_samples: int = Field(default=5_000, ge=1, description="most samples of the importance-weighted log p(x)")
     max_deadline_ms: float = Field(default=600_000.0, gt=0, description="longest deadline a client may name")
-    queue_rows: int = Field(default=20_000, ge=1, description="rows waiting or in flight, over all requests; beyond it: 503")
+    queue_rows: int = Field(default=20_000, ge=1, description="rows that may wait, per model; beyond it: 503")
     drain_s: float = Field(default=10.0, ge=0, description="time that running requests get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="debug logs every request")
-
-    @model_validator(mode="after")
-    def _one_request_fits_the_queue(self) -> Settings:
-        if self.max_rows > self.queue_rows:
-            raise ValueError(f"ELBOW_MAX_ROWS ({self.max_rows}) must not exceed ELBOW_QUEUE_ROWS ({self.queue_rows})")
-        return self
 
     @property
     def engine_threads(self) -> int:

@@ -30,11 +30,11 @@ async def live(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 while at least one model is served and the scheduler takes work; the artifacts that were refused are listed."""
+    """200 while at least one model is served and the server is not draining; the artifacts that were refused are listed."""
     request.scope["call"].endpoint = "readyz"
     server = server_of(request)
     models = [model.key for model in server.repository.all()]
-    is_ready = bool(models) and server.scheduler.accepting
+    is_ready = bool(models) and not server.draining
     response = json_response({"ready": is_ready, "models": models, "failed": server.repository.failures})
     response.status_code = 200 if is_ready else 503
     return response

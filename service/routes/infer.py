@@ -77,7 +77,5 @@ def _route(path: str, endpoint: Endpoint) -> Route:
 
 
 ROUTES = [
-    _route(f"/v1/models/{{model}}{version}/{endpoint.name}", endpoint)
-    for endpoint in ENDPOINTS
-    for version in ("", "/versions/{version}")
+    _route(f"/v1/models/{{model}}{version}/{endpoint.name}", endpoint) for endpoint in ENDPOINTS for version in ("", "/versions/{version}")
 ]

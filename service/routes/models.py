@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -32,7 +33,7 @@ async def show_model(request: Request) -> Response:
 async def show_curve(request: Request) -> Response:
     """ELBO after 0 … K_max steps as validated at export, and milliseconds per batch bucket as measured here."""
     model = model_of(request, "curve")
-    curve, predicted_ms = model.card.curve, server_of(request).scheduler.predicted_ms
+    curve, ms = model.card.curve, partial(server_of(request).scheduler.predicted_ms, model.key)
     return json_response(
         {
             "model": model.name,
@@ -40,7 +41,10 @@ async def show_curve(request: Request) -> Response:
             "steps": curve.steps,
             "elbo": curve.elbo,
             "elbo_std": curve.elbo_std,
-            "ms": {str(rows): [round(predicted_ms(model.key, steps, rows), 4) for steps in curve.steps] for rows in BATCH_BUCKETS},
+            "ms": {
+                str(rows): [round(ms(rows, "init") + steps * ms(rows, "step") + ms(rows, "score"), 4) for steps in curve.steps]
+                for rows in BATCH_BUCKETS
+            },
         }
     )
 

@@ -66,13 +66,12 @@ class FakeScheduler:
     fault: BaseException | None = None
     hold: asyncio.Event | None = None
     cancelled: int = 0
-    accepting: bool = True
 
     def add_model(self, key: str, engine: Any) -> None:
         self.cards[key] = engine.card
 
-    def predicted_ms(self, model: str, steps: int, rows: int) -> float:
-        return 0.1 * (1 + steps) * rows
+    def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
+        return {"init": 1.0, "step": 0.25, "score": 0.5}[program] * rows
 
     async def submit(self, job: Job) -> JobResult:
         self.jobs.append(job)
@@ -141,6 +140,11 @@ class Service:
         elif "headers" not in options:
             options["headers"] = {"Content-Type": "application/json"}
         return self.run(self.http.post(f"/v1/models/{path}", **options))
+
+
+@pytest.fixture
+def make_card() -> Callable[..., Card]:
+    return card
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""elbow-serve run | check ARTIFACT | bench ARTIFACT."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything can import onnxruntime, which else writes into the home folder
+
+import numpy as np
+
+from models.artifact import Arrays, Artifact, ArtifactError, Signer
+from service.engine.base import Engine
+from service.engine.parity import verify_parity
+
+BATCHES = (1, 8, 64)
+WARM_UP_CALLS = 5
+BENCH_SECONDS = 0.5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "run":
+            return run()
+        return check(options.artifact) if options.command == "check" else bench(options.artifact, options.threads)
+    except (ArtifactError, ValueError) as exc:  # pydantic's ValidationError is a ValueError
+        print(f"elbow-serve: {exc}", file=sys.stderr)
+        return 1
+
+
+def run() -> int:
+    """Serves until SIGTERM or Ctrl-C; everything comes from ELBOW_ variables (service/settings.py)."""
+    import uvicorn
+
+    from service.app import create_app
+    from service.settings import read_settings
+    from service.telemetry import configure_logging
+
+    settings = read_settings()
+    configure_logging(settings.log_level)
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        loop="auto",  # uvloop where it is installed
+        http="httptools",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=round(settings.drain_s),
+    )
+    return 0
+
+
+def check(path: Path) -> int:
+    """Verifies hashes (and, with ELBOW_SIGNING_KEY, the signature), then the parity of every program on every engine installed."""
+    artifact = Artifact.open(path, _signer())
+    card = artifact.card
+    print(f"{card.name} {card.version}: {len(card.files)} files verified, {sum(file.bytes for file in card.files.values()):,} bytes")
+    for engine in _engines(artifact, threads=1):
+        for program, error in verify_parity(engine, artifact).items():
+            print(f"{engine.name:12} {program:18} largest error {error:.1e}")
+        engine.close()
+    return 0
+
+
+def bench(path: Path, threads: int) -> int:
+    """Prints the time of one step (of `init`, for a direct model) by batch size on every engine installed."""
+    artifact = Artifact.open(path, _signer())
+    program = "step" if artifact.card.iterative else "init"
+    print(f"{artifact.card.name} {artifact.card.version}: µs per {program}, {threads} thread{'s' if threads > 1 else ''}")
+    print(f"{'engine':12}" + "".join(f"{f'batch {batch}':>12}" for batch in BATCHES))
+    for engine in _engines(artifact, threads):
+        times = (1e6 * _seconds(engine, program, _tiled(artifact, program, batch)) for batch in BATCHES)
+        print(f"{engine.name:12}" + "".join(f"{microseconds:12.0f}" for microseconds in times))
+        engine.close()
+    return 0
+
+
+def _engines(artifact: Artifact, threads: int) -> list[Engine]:
+    from service.app import available_engines, build_engine
+
+    formats = {format_ for program in artifact.card.programs.values() for format_ in program.files}
+    engines = [build_engine(artifact, name, threads) for name in available_engines() if name in formats]
+    if not engines:
+        raise ArtifactError(f"{artifact.path}: has {sorted(formats)}, installed are {available_engines()}: nothing can run it")
+    return engines
+
+
+def _tiled(artifact: Artifact, program: str, rows: int) -> Arrays:
+    """The reference inputs of `program`, repeated or cut to `rows`."""
+    inputs, _ = artifact.reference()[program]
+    wanted = {tensor.name: tensor.dtype for tensor in artifact.card.programs[program].inputs}
+    return {name: np.resize(inputs[name], (rows, *inputs[name].shape[1:])).astype(dtype) for name, dtype in wanted.items()}
+
+
+def _seconds(engine: Engine, program: str, arrays: Arrays) -> float:
+    """Median time of one call."""
+    times: list[float] = []
+    for _ in range(WARM_UP_CALLS):
+        engine.run(program, arrays)
+    until = time.perf_counter() + BENCH_SECONDS
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        engine.run(program, arrays)
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def _signer() -> Signer | None:
+    key = os.environ.get("ELBOW_SIGNING_KEY")
+    return Signer(secret=key.encode()) if key else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="elbow-serve", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run", help="serve the repository (ELBOW_ variables configure it)")
+    for name, text in (("check", "verify an artifact and its parity on every engine"), ("bench", "time one step on every engine")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("artifact", type=Path, help="<repository>/<name>/<version>")
+        if name == "bench":
+            command.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
