@@ -4,7 +4,8 @@
         artifact.json           the card (this module's `Card`), the only file that is trusted by name
         artifact.json.sig       optional signature of the card's bytes
         weights.safetensors     every parameter once
-        programs/<program>.pt   TorchScript, weights left out    programs/<program>.onnx   ONNX, weights by offset
+        <program>.pt            TorchScript, its weights left empty: the loader fills them
+        <program>.onnx          ONNX, its initialisers pointing into weights.safetensors by offset (so it lies beside it)
         reference.safetensors   inputs, noise and float64 outputs of every program, for the parity check at load
 
 The card holds the sha256 of every other file, so whoever trusts the card (by signature, or because they wrote it)

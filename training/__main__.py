@@ -25,6 +25,24 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
     train.set_defaults(action=_train)
 
+    evaluate = commands.add_parser("evaluate", help="measure checkpoints side by side, on validation rows")
+    evaluate.add_argument("checkpoint", type=Path, nargs="+", help="folders of checkpoints, or of runs")
+    evaluate.add_argument("--rows", type=int, default=5000)
+    evaluate.add_argument("--importance-rows", type=int, default=1000, help="rows of the 5,000-sample log p(x)")
+    evaluate.add_argument("--gap-rows", type=int, default=500)
+    evaluate.add_argument("--threads", type=int)
+    evaluate.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
+    evaluate.set_defaults(action=_evaluate)
+    export = commands.add_parser("export", help="make the artifact that the service loads")
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument("--to", type=Path, default=Path("checkpoints"), help="model repository (default checkpoints)")
+    export.add_argument("--name", required=True, help="name it is served under")
+    export.add_argument("--version", default="1")
+    export.add_argument("--rows", type=int, default=5000, help="rows of the validation curve and the training quantiles")
+    export.add_argument("--threads", type=int)
+    export.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
+    export.set_defaults(action=_export)
+
     args = parser.parse_args(argv)
     try:
         return data.run(args) if args.command == "data" else args.action(args)
@@ -36,16 +54,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    import torch
-
     from training.loop import Trainer, fabric_for
     from training.runs import RUNS
 
     if args.run not in RUNS:
         print(f"elbow-train: run {args.run!r} is unknown: one of {', '.join(RUNS)}", file=sys.stderr)
         return 2
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    _set_threads(args.threads)
     run = RUNS[args.run]()
     if args.seed is not None:
         run = replace(run, seed=args.seed)
@@ -55,12 +70,43 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    from training.checkpoint import load_weights
+    from training.evaluate import Effort, evaluate, save, table
+
+    _set_threads(args.threads)
+    effort = Effort(rows=args.rows, importance_rows=args.importance_rows, gap_rows=args.gap_rows)
+    evaluations = []
+    for folder in args.checkpoint:
+        model, run, facts = load_weights(folder)
+        evaluations.append(evaluate(model, run, facts, effort, args.data))
+        save(evaluations[-1], folder)
+    print(table(evaluations))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from training.export import export
+
+    _set_threads(args.threads)
+    print(export(args.checkpoint, args.to, args.name, args.version, rows=args.rows, data_root=args.data))
+    return 0
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def _user_errors() -> tuple[type[Exception], ...]:
     from training.checkpoint import CheckpointError
     from training.data.errors import DataError
+    from training.export import ExportError
     from training.loop import TrainingFailed
 
-    return (CheckpointError, DataError, TrainingFailed)
+    return (CheckpointError, DataError, ExportError, TrainingFailed, FileExistsError)
 
 
 if __name__ == "__main__":
