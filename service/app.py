@@ -62,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
 def assemble(metrics: Metrics, lifespan: Any) -> FastAPI:
     """Routes, middleware and error handlers around a lifespan that sets `app.state.server`."""
     app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    app.router.routes.extend([*infer.ROUTES, *models.ROUTES, *health.ROUTES])
+    app.router.routes[:0] = [*infer.ROUTES, *models.ROUTES, *health.ROUTES]  # matched in order: the busiest first
     app.add_middleware(RequestMiddleware, metrics=metrics)
 
     async def refuse(request: Request, error: Exception) -> Response:

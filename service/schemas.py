@@ -41,7 +41,12 @@ class EncodeBody(_Budgeted):
     inputs: Any = Field(description="one list of numbers per row, flat or nested to the shape of x")
     mask: Any = Field(None, description="same shape as inputs: 1 = observed, 0 = hidden; null: all observed")
     samples: int = Field(1, ge=1, description="samples that measure the ELBO, and samples of z if z is asked for")
-    parts: list[Part] = Field(list(DEFAULT_PARTS), alias="return", description="what each result holds")
+    parts: list[Part] = Field(
+        default_factory=lambda: list(DEFAULT_PARTS),
+        alias="return",
+        description="what each result holds",
+        json_schema_extra={"default": list(DEFAULT_PARTS)},
+    )
 
 
 class RefineBody(EncodeBody):

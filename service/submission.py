@@ -109,7 +109,7 @@ async def _cancel_when_gone(receive: Receive, waiting: asyncio.Task[Any]) -> Non
 
 @contextmanager
 def _in_flight(metrics: Metrics, model: ServedModel, rows: int) -> Iterator[None]:
-    gauge = metrics.rows_in_flight.labels(model.name, model.version)
+    gauge = metrics.of_model(model.name, model.version).rows_in_flight
     gauge.inc(rows)
     try:
         yield
@@ -119,12 +119,12 @@ def _in_flight(metrics: Metrics, model: ServedModel, rows: int) -> Iterator[None
 
 def _observe(metrics: Metrics, model: ServedModel, result: JobResult) -> None:
     """One observation per request: steps and ELBO as means over its rows."""
-    labels, timing = (model.name, model.version), result.timing
-    steps = float(result.steps_used.mean())
-    metrics.queue_wait.labels(*labels).observe(timing.queue_ms / 1e3)
-    metrics.step_duration.labels(*labels).observe(timing.compute_ms / 1e3 / (steps + 1))
-    metrics.batch_rows.labels(*labels).observe(timing.batch_rows)
-    metrics.steps_used.labels(*labels).observe(steps)
-    elbo = float(result.elbo.mean())
+    seen, timing = metrics.of_model(model.name, model.version), result.timing
+    rows = len(result.stop_reason)
+    steps, elbo = sum(result.steps_used.tolist()) / rows, sum(result.elbo.tolist()) / rows
+    seen.queue_wait.observe(timing.queue_ms / 1e3)
+    seen.step_duration.observe(timing.compute_ms / 1e3 / (steps + 1))
+    seen.batch_rows.observe(timing.batch_rows)
+    seen.steps_used.observe(steps)
     if math.isfinite(elbo):
-        metrics.elbo.labels(*labels).observe(-elbo)
+        seen.negative_elbo.observe(-elbo)

@@ -55,6 +55,18 @@ class Call:
     version: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """What is observed of each request to one version of a model; the labels are looked up once, not per request."""
+
+    queue_wait: Histogram
+    step_duration: Histogram
+    batch_rows: Histogram
+    steps_used: Histogram
+    negative_elbo: Histogram
+    rows_in_flight: Gauge
+
+
 class Metrics:
     """The counters and histograms of one application, on a registry of its own."""
 
@@ -80,7 +92,7 @@ class Metrics:
             "elbow_batch_rows", "Rows sharing the last batch of a request.", model, buckets=_COUNTS[1:], registry=self.registry
         )
         self.steps_used = Histogram("elbow_steps_used", "Refinement steps done for a row.", model, buckets=_COUNTS, registry=self.registry)
-        self.elbo = Histogram(
+        self.negative_elbo = Histogram(
             "elbow_negative_elbo_nats",
             "Minus the ELBO of answered rows, in nats per row.",
             model,
@@ -90,10 +102,24 @@ class Metrics:
         self.rows_in_flight = Gauge("elbow_rows_in_flight", "Rows admitted and not yet answered.", model, registry=self.registry)
         self.models_loaded = Gauge("elbow_models_loaded", "Model versions being served.", registry=self.registry)
 
+        self._models: dict[tuple[str, str], ModelMetrics] = {}
+        self._answers: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
+
+    def of_model(self, name: str, version: str) -> ModelMetrics:
+        found = self._models.get((name, version))
+        if found is None:
+            names = ModelMetrics.__dataclass_fields__
+            found = self._models[name, version] = ModelMetrics(*(getattr(self, metric).labels(name, version) for metric in names))
+        return found
+
     def answered(self, call: Call, status: int, seconds: float) -> None:
         """One request left, with this status."""
-        self.requests.labels(call.endpoint, call.model, call.version, str(status)).inc()
-        self.request_duration.labels(call.endpoint, call.model, call.version).observe(seconds)
+        key = (call.endpoint, call.model, call.version, status)
+        found = self._answers.get(key)
+        if found is None:
+            found = self._answers[key] = (self.requests.labels(*key[:3], str(status)), self.request_duration.labels(*key[:3]))
+        found[0].inc()
+        found[1].observe(seconds)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
