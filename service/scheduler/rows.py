@@ -139,6 +139,6 @@ class RowTable:
         best = np.fmax(before, elbo)
         self._best[slots, steps % length] = best
         oldest = self._best[slots, (steps + 1) % length]
-        done = (steps >= PATIENCE) & (best - oldest < self.tolerance[slots])
+        done = (steps >= PATIENCE) & (best < oldest + self.tolerance[slots])
         if np.any(done):
             self.stop(slots[done], StopReason.CONVERGED)

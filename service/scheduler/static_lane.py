@@ -4,10 +4,11 @@ A tick: forget who has gone, admit rows into free slots (`init`), `step` once fo
 need a measure now, answer the jobs that are complete, then some final stages. Rows join and leave at every tick, so a
 request for one step is not held up by a neighbour's thirty-two.
 
-When more rows are in flight than a tick holds: up to half the places go to the earliest deadlines, the others by a fair
-order (start-time fair queueing): a row's tag grows by what its steps are charged, one for a job of one row, n where n rows
-of a job are in flight, and new jobs start one step ahead of the fair share, so that the first step comes at once and no job
-is starved by newcomers. Nothing is charged while all rows fit.
+When more rows are in flight than a tick holds: up to half the places go to the earliest deadlines, up to half of the others
+to rows that had no step yet, and the rest by a fair order (start-time fair queueing): a row's tag grows by what its steps
+are charged, one for a job of one row, n where n rows of a job are in flight, and a new job starts at the virtual time, which
+is what every job would have had of an equal share. So the first step comes at once, jobs share by request and not by row,
+and neither deadlines nor newcomers starve anyone. Nothing is charged while all rows fit.
 
 Rows R of one model. ELBOs in nats; times in seconds of the injected clock.
 """
@@ -151,9 +152,10 @@ class StaticLane:
     # What the engine thread asks of a lane.
 
     def has_work(self) -> bool:
-        return bool(self.inbox or self._line or self._stages or self.someone_left or self._rows.in_flight)
+        return bool(self.inbox or self._line or self._stages or self._answered or self.someone_left or self._rows.in_flight)
 
     def urgency(self) -> float:
+        self._receive()
         active = self._rows.active
         in_flight = float(self._rows.deadline[active].min()) if len(active) else math.inf
         return min(in_flight, self._line.earliest_deadline())
@@ -232,12 +234,12 @@ class StaticLane:
     def _enter(self, ticket: Ticket, now: float, count: int) -> None:
         if ticket.in_flight == 0 and ticket.next_row == count:
             ticket.started = now
-            ticket.tag = self._virtual - 1
+            ticket.tag = self._virtual
         if ticket.in_flight == 0:
             self._jobs_in_flight += 1
         ticket.in_flight += count
         # What a large job was given while there was room for all is not held against it.
-        ticket.tag = min(max(ticket.tag, self._virtual - 1), self._virtual + ticket.in_flight)
+        ticket.tag = min(max(ticket.tag, self._virtual), self._virtual + ticket.in_flight)
         if ticket.next_row == ticket.job.rows:
             self._put_down(ticket)
 
@@ -360,22 +362,25 @@ class StaticLane:
         return chosen
 
     def _in_order(self, places: int) -> Slots:
-        """The first `places` rows: those that only need to be measured, then half by deadline, then by the fair order."""
+        """The first `places` rows: what only needs to be measured, then by deadline, first steps, and the fair order (see the module)."""
         rows, active = self._rows, self._rows.active
         stepping = rows.target[active] > rows.done[active]
         over = active[~stepping][:places]
         left, places = active[stepping], places - len(over)
-        deadlines = rows.deadline[left]
+        self._parity ^= 1  # of a single place, every other tick
         urgent = left[:0]
-        if places and deadlines.min(initial=math.inf) < math.inf:
-            self._parity ^= 1  # of a single place, every other tick
+        deadlines = rows.deadline[left]
+        if deadlines.min(initial=math.inf) < math.inf:
             count = min((places + self._parity) // 2, int(np.count_nonzero(deadlines < math.inf)))
             order = np.argsort(deadlines, kind="stable")
             urgent, left = left[order[:count]], left[np.sort(order[count:])]
             places -= count
-        if places < len(left):
-            left = left[np.argsort(rows.tag[left], kind="stable")[:places]]
-        return np.concatenate([over, urgent, left])
+        if places >= len(left):
+            return np.concatenate([over, urgent, left])
+        left = left[np.argsort(rows.tag[left], kind="stable")]
+        first_steps = np.flatnonzero(rows.done[left] == 0)[: (places + self._parity) // 2]
+        others = np.delete(np.arange(len(left)), first_steps)[: places - len(first_steps)]
+        return np.concatenate([over, urgent, left[first_steps], left[others]])
 
     def _stop_late(self) -> None:
         """Stops rows for which one more step, its measure and the reply would miss the deadline."""
