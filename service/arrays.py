@@ -52,9 +52,12 @@ def read_mask(value: Any, x: XSpec, rows: int) -> Float32:
 def read_vectors(values: list[Any], paths: list[str], size: int, name: str) -> Float32:
     """One vector of `size` numbers per row, (R, size), finite in float32."""
     array = _numbers(values)
-    if array is None or array.shape != (len(values), size):
+    if array is None or array.shape != (len(values), size) or any(bool in map(type, value) for value in values):
         for value, path in zip(values, paths, strict=True):
             _check_row(value, path, (size,), f"{name} has {size} numbers")
+            for index, element in enumerate(value):
+                if isinstance(element, bool):
+                    raise InvalidInput.at(f"{path}[{index}]", f"{describe(element)} is not a number")
         raise InvalidInput.at(paths[0], f"is not {size} numbers")
     finite = np.abs(array) <= LARGEST
     if not finite.all():

@@ -66,6 +66,11 @@ async def in_worker_if_large(size: int, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if size > OFFLOAD_BYTES else work()
 
 
+def whole(value: object) -> object:
+    """2.0 as 2: in JSON they are the same number. Everything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**64 else value
+
+
 def describe(value: object) -> str:
     """A JSON value in words, short enough for a message."""
     match value:

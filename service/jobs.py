@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from models.artifact import Arrays, Card
 from service.arrays import Float32, read_mask, read_rows
-from service.body import describe
+from service.body import describe, whole
 from service.errors import InvalidInput
 from service.posterior import read_posteriors
 from service.repository import ServedModel
@@ -184,13 +184,13 @@ def _at_most(field: str, value: int, limit: int) -> int:
 
 def _seeds(seed: Any, rows: int) -> NDArray[np.uint64]:
     """(R,) one seed per row: the same for all, or as listed."""
-    given = seed if isinstance(seed, list) else [seed]
+    given = [whole(value) for value in seed] if isinstance(seed, list) else [whole(seed)]
     for index, value in enumerate(given):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
             path = f"seed[{index}]" if isinstance(seed, list) else "seed"
             raise InvalidInput.at(path, f"must be a whole number from 0 to 2**64 - 1, not {describe(value)}")
     if not isinstance(seed, list):
-        return np.full(rows, seed, np.uint64)
+        return np.full(rows, given[0], np.uint64)
     if len(given) != rows:
         raise InvalidInput.at("seed", f"has {len(given)} entries for {rows} rows: send one integer for all, or one per row")
     return np.asarray(given, np.uint64)

@@ -11,6 +11,7 @@ from typing import Any
 
 from models.artifact import Card, XSpec
 from service import schemas
+from service.arrays import LARGEST
 from service.errors import FRAMEWORK_CODES, PROBLEM_JSON, STATUS
 from service.jobs import MAX_DIRECT_STEPS, Limits
 from service.repository import ServedModel
@@ -93,6 +94,12 @@ def _body_schema(body: type[schemas._Body], card: Card, limits: Limits) -> Json:
     if body is schemas.ReconstructBody:
         for name in ("inputs", "posterior"):
             fields[name]["type"] = ["array", "null"]
+        null, array = {"type": "null"}, {"type": "array"}
+        nothing_else = {name: null for name in ("inputs", "mask", "steps", "tolerance")}
+        schema["oneOf"] = [
+            {"required": ["inputs"], "properties": {"inputs": array, "posterior": null}},
+            {"required": ["posterior"], "properties": {"posterior": array, **nothing_else}},
+        ]
     most = card.max_steps if card.iterative else MAX_DIRECT_STEPS
     bounds = {
         "steps": ("anyOf", most),
@@ -107,11 +114,8 @@ def _body_schema(body: type[schemas._Body], card: Card, limits: Limits) -> Json:
 
 
 def _row(x: XSpec, mask: bool = False) -> Json:
-    number: Json = {"enum": [0, 1, False, True]} if mask else {"type": "number"}
-    if not mask and x.minimum is not None:
-        number["minimum"] = x.minimum
-    if not mask and x.maximum is not None:
-        number["maximum"] = x.maximum
+    low, high = (-LARGEST if x.minimum is None else x.minimum), (LARGEST if x.maximum is None else x.maximum)
+    number: Json = {"enum": [0, 1, False, True]} if mask else {"type": ["number", "boolean"], "minimum": low, "maximum": high}
     flat = _vector(x.size, number)
     if len(x.shape) == 1:
         return flat
@@ -135,7 +139,7 @@ def _posterior_in(card: Card) -> Json:
             "type": "object",
             "required": sorted(level.parameters),
             "properties": {
-                **{name: _vector(level.size, {"type": "number"}) for name in level.parameters},
+                **{name: _vector(level.size, {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}) for name in level.parameters},
                 "kl": {"type": ["number", "null"]},
             },
             "additionalProperties": False,

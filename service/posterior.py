@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from models.artifact import Arrays, Card, TensorSpec
 from service.arrays import check_batch, read_vectors
-from service.body import describe
+from service.body import describe, whole
 from service.carry import CarryError, pack, unpack
 from service.errors import InvalidInput
 
@@ -81,14 +81,18 @@ def read_posteriors(
 def _step(entry: Any, path: str, card: Card) -> int:
     """Checks the skeleton of one entry and returns its step."""
     _check_keys(entry, path, required={"step", "levels"}, optional={"carry"})
-    step, levels = entry["step"], entry["levels"]
+    step, levels, carry = whole(entry["step"]), entry["levels"], entry.get("carry")
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
         raise InvalidInput.at(f"{path}.step", f"must be a whole number of at least 0, not {describe(step)}")
+    if carry is not None and not isinstance(carry, str):
+        raise InvalidInput.at(f"{path}.carry", f"must be a string as a reply returned it, not {describe(carry)}")
     if not isinstance(levels, list) or len(levels) != len(card.levels):
         given = f"{len(levels)} entries" if isinstance(levels, list) else describe(levels)
         raise InvalidInput.at(f"{path}.levels", f"must be a list of {len(card.levels)}, one entry per level of this model, not {given}")
     for number, (level, spec) in enumerate(zip(levels, card.levels, strict=True)):
         _check_keys(level, f"{path}.levels[{number}]", required=set(spec.parameters), optional={"kl"})
+        if not isinstance(kl := level.get("kl"), int | float | None) or isinstance(kl, bool):
+            raise InvalidInput.at(f"{path}.levels[{number}].kl", f"must be a number or null, not {describe(kl)}")
     return step
 
 
@@ -109,8 +113,6 @@ def _carry(entry: dict[str, Any], path: str, kept: tuple[TensorSpec, ...], sha25
             message = f'is required: this model keeps {names} between steps; ask for it with "return": ["posterior", "carry"]'
             raise InvalidInput.at(f"{path}.carry", message)
         return {tensor.name: np.zeros([int(size) for size in tensor.shape[1:]], tensor.dtype) for tensor in kept}
-    if not isinstance(text, str):
-        raise InvalidInput.at(f"{path}.carry", f"must be a string as a reply returned it, not {describe(text)}")
     try:
         return unpack(text, kept, sha256)
     except CarryError as exc:

@@ -6,13 +6,16 @@ one go. Bounds that depend on the model or the server (steps, rows, samples) are
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from service.body import describe
+from service.body import describe, whole
 from service.errors import InvalidInput
 
+Count = Annotated[int, Field(ge=0), BeforeValidator(whole)]
+AtLeastOne = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(whole)]
 Part = Literal["posterior", "elbo", "trace", "reconstruction", "z", "carry"]
 DEFAULT_PARTS: tuple[Part, ...] = ("posterior", "elbo")
 
@@ -24,7 +27,7 @@ class _Body(BaseModel):
 class _Budgeted(_Body):
     """What bounds the thinking (service/scheduler/job.py: Budget), and the seed of its noise."""
 
-    steps: int | None = Field(None, ge=0, description="refinement steps; without any budget: the trained number")
+    steps: Count | None = Field(None, description="refinement steps; without any budget: the trained number")
     deadline_ms: float | None = Field(None, gt=0, description="time from the arrival of the request to its reply, milliseconds")
     tolerance: float | None = Field(
         None, gt=0, description="stop when the best ELBO rose by less than this many nats in total over the last 4 steps"
@@ -40,7 +43,7 @@ class EncodeBody(_Budgeted):
 
     inputs: Any = Field(description="one list of numbers per row, flat or nested to the shape of x")
     mask: Any = Field(None, description="same shape as inputs: 1 = observed, 0 = hidden; null: all observed")
-    samples: int = Field(1, ge=1, description="samples that measure the ELBO, and samples of z if z is asked for")
+    samples: AtLeastOne = Field(1, description="samples that measure the ELBO, and samples of z if z is asked for")
     parts: list[Part] = Field(
         default_factory=lambda: list(DEFAULT_PARTS),
         alias="return",
@@ -61,7 +64,7 @@ class ReconstructBody(_Budgeted):
     inputs: Any = Field(None, description="rows to encode first; or give posterior")
     mask: Any = Field(None, description="same shape as inputs: 1 = observed, 0 = hidden; null: all observed")
     posterior: Any = Field(None, description="posteriors of an earlier reply; or give inputs")
-    samples: int = Field(0, ge=0, description="draws of x per row, besides the mean")
+    samples: Count = Field(0, description="draws of x per row, besides the mean")
 
 
 class ScoreBody(_Budgeted):
@@ -69,16 +72,16 @@ class ScoreBody(_Budgeted):
 
     inputs: Any = Field(description="one list of numbers per row, flat or nested to the shape of x")
     mask: Any = Field(None, description="same shape as inputs: 1 = observed, 0 = hidden; null: all observed")
-    samples: int = Field(100, ge=1, description="importance samples")
+    samples: AtLeastOne = Field(100, description="importance samples")
 
 
 class GenerateBody(_Body):
     """Draws from the prior, or points between two posteriors."""
 
-    count: int = Field(1, ge=1, description="how many to generate")
-    seed: int = Field(0, ge=0, lt=2**64, description="each of the `count` draws has noise of its own, derived from the seed")
+    count: AtLeastOne = Field(1, description="how many to generate")
+    seed: Seed = Field(0, description="each of the `count` draws has noise of its own, derived from the seed")
     between: Any = Field(None, description="two posteriors of earlier replies: `count` points on the line between their means")
-    samples: int = Field(0, ge=0, description="draws of x per result, besides the mean")
+    samples: Count = Field(0, description="draws of x per result, besides the mean")
 
 
 BodyT = TypeVar("BodyT", bound=_Body)

@@ -54,6 +54,7 @@ def test_only_what_is_asked_for_comes_back_and_is_computed(service):
     [
         ({}, 5, False),
         ({"steps": 0}, 0, False),
+        ({"steps": 2.0}, 2, False),  # in JSON the same number as 2
         ({"deadline_ms": 20}, 64, True),
         ({"tolerance": 0.05}, 64, True),
         ({"steps": 3, "tolerance": 0.05}, 3, True),
