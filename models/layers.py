@@ -8,6 +8,7 @@ the derivative expressed by its own output, which is at hand.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, hidden: Sequence[int], highway: bool = False):
         super().__init__()
         sizes = [inputs, *hidden]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.gates = nn.ModuleDict({str(i): nn.Linear(a, a) for i, a in enumerate(sizes[:-1]) if highway and a == sizes[i + 1]})
         self.output_size = sizes[-1]
 

@@ -72,7 +72,7 @@ def load_weights(folder: Path) -> tuple[LatentModel, RunConfig, dict[str, Any]]:
         if (candidate / "checkpoint.json").exists() and (candidate / "weights.safetensors").exists():
             break
     else:
-        raise CheckpointError(f"{folder}: no checkpoint here (checkpoint.json with weights.safetensors): train one with `elbow-train train`")
+        raise CheckpointError(f"{folder}: no checkpoint here (checkpoint.json, weights.safetensors): train one with `elbow-train train`")
     facts = json.loads((candidate / "checkpoint.json").read_text())
     run = RunConfig.from_dict(facts.pop("run"))
     model = build(Architecture.from_dict(run.architecture.to_dict()))

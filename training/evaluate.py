@@ -23,6 +23,7 @@ from models.architecture import OptimiserArchitecture
 from models.catalogue import LatentModel, infer_with
 from models.gaussian import Posterior
 from models.generative.base import Generative
+from models.inference.base import Context
 from models.objective import Noise, elbo, importance_log_px, log_weights
 from models.refinement import refine_once, steps
 from training.config import RunConfig
@@ -179,7 +180,8 @@ def optimum(
     q = start
     for rate in ADAM_RATES:
         adam = infer_with(generative, OptimiserArchitecture(kind="adam", learning_rate=rate))
-        state, context, mask = adam.init({}, q), {}, torch.ones_like(x)
+        context: Context = {}
+        state, mask = adam.init(context, q), torch.ones_like(x)
         best, best_value, waited = q, float(measured(generative, q, x, 100, generator).mean()), 0
         bar = tqdm(desc=f"optimum, rate {rate}", disable=quiet)
         while waited < patience:
@@ -195,7 +197,9 @@ def optimum(
     return q
 
 
-def evaluate(model: LatentModel, run: RunConfig, facts: dict[str, Any], effort: Effort, data_root: str | None, quiet: bool = False) -> Evaluation:
+def evaluate(
+    model: LatentModel, run: RunConfig, facts: dict[str, Any], effort: Effort, data_root: str | None, quiet: bool = False
+) -> Evaluation:
     """Everything, on the validation rows of the run's data set: binarised once with a fixed seed, the same for every model."""
     images = load(run.data.name, data_root)
     device = next(model.parameters()).device

@@ -36,6 +36,7 @@ from models.artifact import (
     write_reference,
 )
 from models.catalogue import LatentModel
+from models.likelihood import LIKELIHOODS
 from models.programs import Program, StaticPrograms, level_names, static_programs
 from training.checkpoint import load_weights
 from training.config import RunConfig
@@ -92,13 +93,14 @@ def export(
     check_parity(partial, served, reference)
     evaluation = checkpoint / "evaluation.json"
     metrics = json.loads(evaluation.read_text()) if evaluation.exists() else {}
+    likelihood = run.architecture.generative.likelihood
     card = Card(
         name=name,
         version=version,
         family="static",
         description=f"{run.architecture.inference.kind} inference, {run.name}, trained on {run.data.name}",
         x=_describe_x(model, run, images),
-        likelihood=LikelihoodSpec(name=run.architecture.generative.likelihood, parameters=model.generative.likelihood.HEADS),
+        likelihood=LikelihoodSpec(name=likelihood, parameters=LIKELIHOODS[likelihood].HEADS),
         levels=tuple(LevelSpec(name=f"q{i}", size=d, parameters=level_names(i)) for i, d in enumerate(model.generative.latent_sizes)),
         carry=served.carry,
         context=served.context,

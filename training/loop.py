@@ -10,7 +10,6 @@ import json
 import math
 import platform
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from models.catalogue import LatentModel, build
+from models.catalogue import build
 from models.objective import Noise, elbo
 from models.refinement import steps as refinement_states
 from training.checkpoint import load_last, save_last, save_weights
@@ -88,7 +87,7 @@ class Trainer:
         for name, optimiser in self.optimisers.items():
             parameters = list(self.parts[name].parameters())
             for parameter in parameters if self.fabric.world_size > 1 else ():
-                parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
+                parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
             if run.optimiser.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, run.optimiser.clip_norm * len(x))
             for group in optimiser.param_groups:
@@ -140,7 +139,8 @@ class Trainer:
                     trace = self.update(index)
                     self._add_up(trace)
                     bar.update()
-                    bar.set_postfix_str(f"epoch {self.batches.epoch + 1}/{self.run.epochs} ELBO {self._mean('elbo')[-1]:.2f} nats", refresh=False)
+                    progress = f"epoch {self.batches.epoch + 1}/{self.run.epochs} ELBO {self._mean('elbo')[-1]:.2f} nats"
+                    bar.set_postfix_str(progress, refresh=False)
                     if time.monotonic() - self._saved_at > SAVE_EVERY_S:
                         self.save()
                 line = self._finish_epoch(time.monotonic() - began)
@@ -201,7 +201,8 @@ class Trainer:
         return [total / len(self.valid_x) for total in totals[: None if self.model.inference.refines else 1]]
 
     def _add_up(self, trace: list[Seen]) -> None:
-        means = {name: torch.stack([getattr(seen, name).mean() for seen in trace]).tolist() for name in ("elbo", "grad_mu", "grad_log_sigma")}
+        names = ("elbo", "grad_mu", "grad_log_sigma")
+        means = {name: torch.stack([getattr(seen, name).mean() for seen in trace]).tolist() for name in names}
         if not all(math.isfinite(value) for values in means.values() for value in values):
             raise TrainingFailed(
                 f"update {self.updates} (epoch {self.batches.epoch + 1}): the ELBO is not finite. The last good checkpoint is "
@@ -279,7 +280,7 @@ def log_scalars(writer: SummaryWriter, line: dict[str, Any]) -> None:
     """The epoch's figures, one curve per refinement step."""
     for name in ("train_elbo", "valid_elbo", "grad_mu", "grad_log_sigma"):
         for k, value in enumerate(line[name]):
-            writer.add_scalar(f"{name}/step_{k}", value, line["epoch"])  # type: ignore[no-untyped-call]
-    writer.add_scalar("learning_rate", line["learning_rate"], line["epoch"])  # type: ignore[no-untyped-call]
+            writer.add_scalar(f"{name}/step_{k}", value, line["epoch"])
+    writer.add_scalar("learning_rate", line["learning_rate"], line["epoch"])
 
 

@@ -58,7 +58,7 @@ def trace(model: LatentModel, program: Program) -> tuple[fx.GraphModule, list[st
     weights = {name: value.detach() for name, value in model.named_parameters()}
 
     def run(values: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-        return functional_call(call, {f"model.{name}": value for name, value in zip(weights, values, strict=True)}, inputs)  # type: ignore[no-any-return]
+        return functional_call(call, {f"model.{name}": value for name, value in zip(weights, values, strict=True)}, inputs)
 
     with torch.no_grad():
         graph = make_fx(lambda *flat: run(list(flat[: len(weights)]), *flat[len(weights) :]), tracing_mode="symbolic")(

@@ -47,7 +47,7 @@ class Gradients:
         values = [parameter.detach() for parameter in self._parameters.values()]
         if self._compiled is None:
             # a plain function: fx would count the `self` of a bound method as an argument
-            pure = make_fx(lambda *args: self._pure(*args))
+            pure = make_fx(lambda *args: self._pure(*args))  # noqa: PLW0108
             self._compiled = torch.compile(pure(values, x, mask, weight, flat), fullgraph=True)
         with torch.no_grad():
             outputs = self._compiled(values, x, mask, weight, flat)

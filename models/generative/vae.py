@@ -28,7 +28,8 @@ class VAE(Generative):
         # one matrix product over all rows and samples
         h = self.decoder(z[0].reshape(rows * samples, size))
         # in full precision whatever the matrices were in: the likelihood sums hundreds of entries
-        return self.likelihood.from_heads({name: head(h).to(z[0].dtype).reshape(rows, samples, self.x_size) for name, head in self.heads.items()})
+        heads = {name: head(h).to(z[0].dtype).reshape(rows, samples, self.x_size) for name, head in self.heads.items()}
+        return self.likelihood.from_heads(heads)
 
     def kl(self, q: Posterior, z: tuple[Tensor, ...]) -> Tensor:
         return q[0].kl_to_standard().unsqueeze(-1)
