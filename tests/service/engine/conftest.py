@@ -1,0 +1,51 @@
+"""Two tiny untrained models, exported as the real exporter does: what an engine reads, in a second."""
+
+import warnings
+
+import pytest
+
+from models.artifact import Artifact, Card, Curve, LevelSpec, LikelihoodSpec, Quantiles, XSpec, write_card, write_reference
+
+X_SIZE, LATENT = 20, 4
+
+
+def export_tiny(folder, kind):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnx")
+    from models.architecture import Architecture, DirectArchitecture, IterativeArchitecture, VAEArchitecture
+    from models.catalogue import build
+    from models.programs import level_names, static_programs
+    from training.export import _reference, _spec, _write_programs
+
+    inference = DirectArchitecture(hidden=(16,)) if kind == "direct" else IterativeArchitecture(hidden=(16,), recurrent=True)
+    model = build(Architecture(VAEArchitecture(x_size=X_SIZE, latent=LATENT, hidden=(16, 16)), inference), seed=0)
+    served = static_programs(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _write_programs(folder, model, served)
+    x = torch.bernoulli(torch.full((4, X_SIZE), 0.4), generator=torch.Generator().manual_seed(0))
+    write_reference(folder, _reference(model, x))
+    card = Card(
+        name=kind,
+        version="1",
+        family="static",
+        x=XSpec(shape=(X_SIZE,), minimum=0, maximum=1),
+        likelihood=LikelihoodSpec(name="bernoulli", parameters=model.generative.likelihood.HEADS),
+        levels=(LevelSpec(name="q0", size=LATENT, parameters=level_names(0)),),
+        carry=served.carry,
+        context=served.context,
+        trained_steps=3,
+        max_steps=128,
+        samples=2,
+        antithetic=True,
+        programs={name: _spec(name, program) for name, program in served.programs.items()},
+        curve=Curve(steps=(0,), elbo=(0.0,), elbo_std=(0.0,), rows=1, samples=1),
+        quantiles=Quantiles(probabilities=(0.5,), steps=(0,), elbo=((0.0,),)),
+    )
+    write_card(folder, card)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["iterative", "direct"])
+def artifact(request, tmp_path_factory):
+    return Artifact.open(export_tiny(tmp_path_factory.mktemp(request.param), request.param))
