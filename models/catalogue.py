@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from models.inference.base import Inference
 from models.inference.direct import DirectEncoder
 from models.inference.iterative import IterativeInference
 from models.inference.optimisers import SGD, Adam, Momentum, RMSProp
+from models.likelihood import LIKELIHOODS
+
+T = TypeVar("T")
 
 GENERATIVE: dict[str, Callable[[Any], Generative]] = {"vae": VAE}
 
@@ -43,13 +46,20 @@ def build(architecture: Architecture, seed: int | None = None) -> LatentModel:
     Raises:
         ValueError: a kind, likelihood or encoding is unknown.
     """
+    _row(LIKELIHOODS, "likelihood", architecture.generative.likelihood)
     with torch.random.fork_rng(enabled=seed is not None, devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
-        generative = GENERATIVE[architecture.generative.kind](architecture.generative)
+        generative = _row(GENERATIVE, "kind", architecture.generative.kind)(architecture.generative)
         return LatentModel(generative, infer_with(generative, architecture.inference))
 
 
 def infer_with(generative: Generative, architecture: Any) -> Inference:
     """An inference model of another kind for a given generative model (for example Adam on a trained decoder)."""
-    return INFERENCE[architecture.kind](architecture, generative.x_size, generative.latent_sizes)
+    return _row(INFERENCE, "kind", architecture.kind)(architecture, generative.x_size, generative.latent_sizes)
+
+
+def _row(table: Mapping[str, T], argument: str, name: str) -> T:
+    if name not in table:
+        raise ValueError(f"{argument}: {name!r} is unknown: one of {', '.join(table)}")
+    return table[name]

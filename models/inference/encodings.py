@@ -87,14 +87,17 @@ def encoded_size(encodings: Sequence[str], x_size: int, latent_sizes: Sequence[i
     """Number of features that `encode` gives.
 
     Raises:
-        ValueError: an encoding is unknown.
+        ValueError: an encoding is unknown, or none says anything about λ.
     """
     latent = sum(latent_sizes)
     sizes = dict.fromkeys(ENCODINGS, 2 * latent) | {"error_x": x_size, "error_z": latent, "step": 1}
     unknown = [name for name in encodings if name not in sizes and name != "x"]
     if unknown:
         raise ValueError(f"encodings: {unknown[0]!r} is unknown: one of x, {', '.join(sizes)}")
-    return sum(sizes[name] for name in encodings if name != "x")
+    size = sum(sizes[name] for name in encodings if name != "x")
+    if size == 0:
+        raise ValueError(f"encodings: {tuple(encodings)} say nothing about λ: add one of {', '.join(sizes)}")
+    return size
 
 
 def encode(encodings: Sequence[str], state: State, evidence: Evidence) -> Tensor:
