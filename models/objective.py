@@ -8,6 +8,7 @@ Shapes: B rows, S samples, D latent size, X size of x, L levels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,7 @@ def log_weights(generative: Generative, q: Posterior, x: Tensor, mask: Tensor, n
 
 def importance_log_px(log_weight: Tensor) -> Tensor:
     """log p(x) ≈ log mean_s w_s over the last axis, in nats (Burda 2016): (B, S) -> (B,)."""
-    return torch.logsumexp(log_weight, -1) - torch.log(torch.tensor(float(log_weight.shape[-1])))
+    return torch.logsumexp(log_weight, -1) - math.log(log_weight.shape[-1])
 
 
 def evidence(
