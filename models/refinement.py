@@ -82,7 +82,7 @@ class Refined:
 
     Attributes:
         state: the last state of each row; best: the λ with the best measured ELBO so far.
-        trace: (B, count + 1) measured ELBO after each step in nats; a row that stopped repeats its last value.
+        trace: (B, 1 + steps done by any row) measured ELBO in nats after each step; a row that stopped repeats its last value.
         steps_used: (B,) steps done. status: (B,) Status.
     """
 
@@ -127,7 +127,8 @@ def refine(
             used = used + running
             value = torch.where(running, elbo(generative, state.q, x, mask, measure).elbo, value)
             better = value > best_value
-            best, best_value = _choose(better, State(state.q), State(best)).q, torch.maximum(value, best_value)
+            # not torch.maximum: a measure that is not finite must not become the best for good
+            best, best_value = _choose(better, State(state.q), State(best)).q, torch.where(better, value, best_value)
             trace.append(value)
             best_trace.append(best_value)
             if tolerance is not None and k + 1 >= TOLERANCE_WINDOW:
