@@ -192,7 +192,9 @@ class Signer:
         """Raises ArtifactError unless `signature` was made over `message` by the holder of our key."""
         algorithm, given = signature.get("algorithm"), str(signature.get("signature", ""))
         if algorithm == "hmac-sha256" and self._secret is not None:
-            if not hmac.compare_digest(hmac.new(self._secret, message, "sha256").hexdigest(), given):
+            expected = hmac.new(self._secret, message, "sha256").hexdigest()
+            # as bytes: compare_digest raises on text that is not ASCII, and `given` may be anything
+            if not hmac.compare_digest(expected.encode(), given.encode("utf-8", "replace")):
                 raise ArtifactError("the card's signature does not match the card")
         elif algorithm == "ed25519" and self._public is not None:
             from cryptography.exceptions import InvalidSignature
@@ -291,14 +293,17 @@ def write_reference(path: Path, programs: Mapping[str, tuple[Mapping[str, Array]
 
 
 def list_versions(repository: Path) -> Iterable[tuple[str, str, Path]]:
-    """(name, version, path) of every directory in the repository that holds a card, versions in numeric order."""
-    for card in sorted(repository.glob(f"*/*/{CARD}"), key=lambda file: (file.parts[-3], version_key(file.parts[-2]))):
+    """(name, version, path) of every directory in the repository that holds a card, versions in numeric order.
+
+    Hidden directories are versions that an export has not finished.
+    """
+    for card in sorted(repository.glob(f"[!.]*/[!.]*/{CARD}"), key=lambda file: (file.parts[-3], version_key(file.parts[-2]))):
         yield card.parts[-3], card.parts[-2], card.parent
 
 
 def version_key(version: str) -> tuple[tuple[int, int | str], ...]:
     """Orders '2' before '10' and '1.9' before '1.10'."""
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"[._-]", version))
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"[._-]", version))
 
 
 def sha256_of(file: Path) -> str:
@@ -324,7 +329,7 @@ def _read_card_bytes(root: Path) -> bytes:
 def _read_signature(root: Path) -> dict[str, str]:
     try:
         signature = json.loads((root / SIGNATURE).read_bytes())
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ArtifactError(f"{root}: this server takes signed artifacts only, and there is no readable {SIGNATURE}") from exc
     if not isinstance(signature, dict):
         raise ArtifactError(f"{root}: {SIGNATURE} is not a JSON object")
@@ -334,7 +339,7 @@ def _read_signature(root: Path) -> dict[str, str]:
 def _parse_card(raw: bytes, root: Path) -> Card:
     try:
         parsed = json.loads(raw)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ArtifactError(f"{root}: {CARD} is not JSON: {exc}") from exc
     version = parsed.get("format_version") if isinstance(parsed, dict) else None
     if version != FORMAT_VERSION:
