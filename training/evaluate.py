@@ -115,9 +115,9 @@ class Evaluator:
         for x in tqdm(self.x[:rows].split(100), desc="log p(x)", disable=self.quiet):
             *_, state = self.states(x, self.run.refinement.steps, refine)
             weights = []
-            for _ in range(0, samples, samples_at_once):
+            for done in range(0, samples, samples_at_once):
                 with torch.no_grad():
-                    noise = self.noise(len(x), samples_at_once, draw)
+                    noise = self.noise(len(x), min(samples_at_once, samples - done), draw)
                     weights.append(log_weights(self.model.generative, state.q, x, torch.ones_like(x), noise)[1])
             values.append(importance_log_px(torch.cat(weights, -1)))
         return torch.cat(values)
@@ -175,8 +175,7 @@ def optimum(
     generative: Generative, start: Posterior, x: Tensor, generator: torch.Generator, quiet: bool = True, samples: int = 4, patience: int = 4
 ) -> Posterior:
     """Each row's own λ by Adam with fresh antithetic noise: at each of two learning rates until `patience` 100-sample
-    evaluations, 50 steps apart, bring the mean no higher; the best λ by these evaluations, row by row, is kept no further
-    than the rate that found it."""
+    evaluations, 50 steps apart, bring the mean over rows no higher. The second rate starts from the best λ of the first."""
     q = start
     for rate in ADAM_RATES:
         adam = infer_with(generative, OptimiserArchitecture(kind="adam", learning_rate=rate))
