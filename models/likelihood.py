@@ -1,7 +1,7 @@
 """What p(x|z) may be. A likelihood is a distribution over x with one entry per row and sample.
 
 Shapes: B rows, S samples, X size of x. Parameters are (B, S, X); x and mask are (B, X). Everything in nats, summed over
-the observed entries of x (mask = 1); an entry with mask 0 contributes nothing, whatever x holds there.
+the observed entries of x (mask = 1); an entry with mask 0 contributes nothing, whatever finite value x holds there.
 """
 
 from __future__ import annotations
