@@ -88,7 +88,14 @@ def limits_of(settings: Settings) -> Limits:
 
 def available_engines() -> list[str]:
     """The engines whose library is installed, the preferred one first."""
-    return [name for name, library in (("onnx", "onnxruntime"), ("torchscript", "torch")) if importlib.util.find_spec(library)]
+    return [name for name, library in (("onnx", "onnxruntime"), ("torchscript", "torch")) if _installed(library)]
+
+
+def _installed(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ImportError:
+        return False
 
 
 def build_engine(artifact: Artifact, engine: str, threads: int) -> Engine:
@@ -102,11 +109,11 @@ def build_engine(artifact: Artifact, engine: str, threads: int) -> Engine:
     if engine == "onnx":
         from service.engine.onnx import OnnxEngine
 
-        return OnnxEngine(artifact, threads)
+        return OnnxEngine(artifact, threads=threads)
     if engine == "torchscript":
         from service.engine.torchscript import TorchScriptEngine
 
-        return TorchScriptEngine(artifact, threads)
+        return TorchScriptEngine(artifact, threads=threads)
     raise ArtifactError("neither onnxruntime nor torch is installed: nothing can run this artifact")
 
 

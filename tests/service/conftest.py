@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -140,6 +141,18 @@ class Service:
         elif "headers" not in options:
             options["headers"] = {"Content-Type": "application/json"}
         return self.run(self.http.post(f"/v1/models/{path}", **options))
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with one real, untrained model in both formats: iterative/1, recurrent, 20 numbers in [0, 1] per row."""
+    from tests.service.engine.conftest import export_tiny
+
+    repository = tmp_path_factory.mktemp("repository")
+    folder = repository / "iterative" / "1"
+    folder.mkdir(parents=True)
+    export_tiny(folder, "iterative")
+    return repository
 
 
 @pytest.fixture

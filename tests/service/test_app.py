@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 
 import httpx
 import numpy as np
@@ -21,10 +22,10 @@ ENGINE = ClosedFormEngine()
 ROWS = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
 
 
-@pytest.fixture
-def elbow(tmp_path):
-    """(client, run) of a running application that serves the closed-form model."""
-    app = create_app(Settings(closed_form=True, repository=tmp_path, drain_s=1.0))
+@contextmanager
+def running(settings, model):
+    """(client, run) of a running application; `run` waits for a call of the client."""
+    app = create_app(settings)
     with asyncio.Runner() as runner:
 
         def run(awaitable):
@@ -35,10 +36,16 @@ def elbow(tmp_path):
 
         lifespan = app.router.lifespan_context(app)
         run(lifespan.__aenter__())
-        client = AsyncElbowClient("http://test", model="closed-form", transport=httpx.ASGITransport(app))
+        client = AsyncElbowClient("http://test", model=model, transport=httpx.ASGITransport(app))
         yield client, run
         run(client.close())
         run(lifespan.__aexit__(None, None, None))
+
+
+@pytest.fixture
+def elbow(tmp_path):
+    with running(Settings(closed_form=True, repository=tmp_path, drain_s=1.0), "closed-form") as client_and_run:
+        yield client_and_run
 
 
 def equal(a, b):
@@ -184,19 +191,51 @@ WITHOUT = """
         app = create_app(Settings(closed_form=True, repository=sys.argv[2]))
         async with app.router.lifespan_context(app):
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-                reply = await client.post("/v1/models/closed-form/encode", json={"inputs": [[0.5] * 8], "steps": 3})
-                print(json.dumps({"status": reply.status_code, "loaded": sorted(BLOCKED & set(sys.modules))}))
+                answers = {}
+                for model in (await client.get("/v1/models")).json()["models"]:
+                    body = {"inputs": [[0.5] * model["x"]["shape"][0]], "steps": 3}
+                    reply = await client.post(f"/v1/models/{model['name']}/encode", json=body)
+                    answers[model["name"]] = [model["engine"], reply.status_code]
+                print(json.dumps({"answers": answers, "loaded": sorted(BLOCKED & set(sys.modules))}))
 
     asyncio.run(main())
 """
+NOT_NEEDED = "matplotlib,lightning,onnx,tqdm,PIL"
 
 
-@pytest.mark.parametrize("missing", ["torch", "onnxruntime", "torch,onnxruntime,matplotlib,lightning,onnx,tqdm,PIL"])
-def test_the_service_starts_and_answers_without(missing, tmp_path):
+def served_without(missing, repository):
     script = textwrap.dedent(WITHOUT)
-    done = subprocess.run([sys.executable, "-c", script, missing, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, missing, str(repository)], capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"status": 200, "loaded": []}
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["loaded"] == []
+    return answer["answers"]
+
+
+def test_without_torch_artifacts_run_on_onnxruntime(tiny_repository):
+    answers = served_without("torch," + NOT_NEEDED, tiny_repository)
+    assert answers == {"closed-form": ["closed_form", 200], "iterative": ["onnx", 200]}
+
+
+def test_without_onnxruntime_artifacts_run_on_torch(tiny_repository):
+    answers = served_without("onnxruntime," + NOT_NEEDED, tiny_repository)
+    assert answers == {"closed-form": ["closed_form", 200], "iterative": ["torchscript", 200]}
+
+
+def test_without_both_the_closed_form_model_still_answers(tmp_path):
+    assert served_without("torch,onnxruntime," + NOT_NEEDED, tmp_path) == {"closed-form": ["closed_form", 200]}
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torchscript"])
+def test_a_recurrent_model_goes_on_bit_for_bit_from_its_carry(tiny_repository, engine):
+    rows = np.random.default_rng(0).integers(0, 2, (3, 20)).astype(np.float32)
+    with running(Settings(repository=tiny_repository, engine=engine), "iterative") as (client, run):
+        half = run(client.encode(rows, steps=3, returns=("posterior", "elbo", "carry")))
+        both = run(client.refine(rows, half.posteriors, steps=3))
+        whole = run(client.encode(rows, steps=6))
+    assert equal(both, whole)
 
 
 def test_without_any_engine_an_artifact_is_refused_with_the_reason(monkeypatch):

@@ -1,0 +1,100 @@
+"""elbow-serve check and bench on a real artifact, and run as a process that SIGTERM ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from service import __main__ as cli
+
+
+@pytest.fixture
+def artifact(tiny_repository, tmp_path):
+    """A copy that a test may spoil."""
+    shutil.copytree(tiny_repository / "iterative" / "1", tmp_path / "1")
+    return tmp_path / "1"
+
+
+def test_check_prints_the_parity_of_every_program_on_every_engine(artifact, capsys):
+    assert cli.main(["check", str(artifact)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "files verified" in lines[0]
+    engines = {tuple(line.split()[:2]) for line in lines[1:]}
+    assert {(engine, program) for engine in ("onnx", "torchscript") for program in ("init", "step", "score", "decode")} <= engines
+
+
+def test_check_of_an_altered_artifact_is_one_clear_line(artifact, capsys):
+    weights = artifact / "weights.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    assert cli.main(["check", str(artifact)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert "weights.safetensors does not have the sha256" in captured.err
+
+
+def test_check_of_something_else_is_one_clear_line(tmp_path, capsys):
+    assert cli.main(["check", str(tmp_path)]) == 1
+    assert "not an Elbow artifact" in capsys.readouterr().err
+
+
+def test_check_refuses_an_unsigned_artifact_where_a_key_is_set(artifact, capsys, monkeypatch):
+    monkeypatch.setenv("ELBOW_SIGNING_KEY", "secret")
+    assert cli.main(["check", str(artifact)]) == 1
+    assert "signed artifacts only" in capsys.readouterr().err
+
+
+def test_bench_prints_microseconds_by_engine_and_batch(artifact, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "BENCH_SECONDS", 0.01)
+    assert cli.main(["bench", str(artifact)]) == 0
+    title, header, *rows = capsys.readouterr().out.splitlines()
+    assert "µs per step, 1 thread" in title
+    assert header.split() == ["engine", "batch", "1", "batch", "8", "batch", "64"]
+    assert [row.split()[0] for row in rows] == ["onnx", "torchscript"]
+    assert all(int(number) > 0 for row in rows for number in row.split()[1:])
+
+
+def test_run_refuses_a_misspelt_variable(monkeypatch, capsys):
+    monkeypatch.setenv("ELBOW_PROT", "1")
+    assert cli.main(["run"]) == 1
+    assert "unknown variable ELBOW_PROT" in capsys.readouterr().err
+
+
+def test_run_serves_until_sigterm(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ELBOW_")}
+    environment |= {"ELBOW_PORT": str(port), "ELBOW_CLOSED_FORM": "1", "ELBOW_REPOSITORY": str(tmp_path), "ELBOW_DRAIN_S": "2"}
+    log = tmp_path / "log"
+    with log.open("wb") as handle:
+        server = subprocess.Popen([sys.executable, "-m", "service", "run"], env=environment, stderr=handle)
+    try:
+        answer = _first_answer(f"http://127.0.0.1:{port}/readyz", server)
+        assert answer.json()["models"] == ["closed-form/1"]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) in (0, -signal.SIGTERM)
+    finally:
+        server.kill()
+        server.wait()
+    assert '"message":"model loaded"' in log.read_text()
+
+
+def _first_answer(url: str, server: subprocess.Popen[bytes]) -> httpx.Response:
+    for _ in range(300):
+        try:
+            return httpx.get(url)
+        except httpx.TransportError:
+            assert server.poll() is None, "the server ended"
+            time.sleep(0.1)
+    raise AssertionError("the server did not come up")
