@@ -9,8 +9,13 @@ from __future__ import annotations
 import json
 import math
 import platform
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +27,7 @@ from tqdm import tqdm
 from models.catalogue import build
 from models.objective import Noise, elbo
 from models.refinement import steps as refinement_states
-from training.checkpoint import load_last, save_last, save_weights
+from training.checkpoint import LAST, load_last, save_last, save_weights
 from training.config import RunConfig
 from training.data.batches import Batches
 from training.data.binarise import observe
@@ -39,6 +44,31 @@ GENERATORS = ("order", "binarise", "mask", "noise")
 
 class TrainingFailed(Exception):
     """The run cannot go on; the message names the step and the checkpoint to return to."""
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C becomes a question the loop asks between updates, where the state is whole; a second one stops at once.
+
+    Stopped within an update, the batch and its noise would be drawn but not learnt from, and the run no longer the same.
+    """
+    asked = False
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    # only the main thread may set handlers, and only it is interrupted
+    main = threading.current_thread() is threading.main_thread()
+    if main:
+        signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def fabric_for(run: RunConfig, device: str) -> Fabric:
@@ -125,30 +155,33 @@ class Trainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         resumed = self.resume()
+        line = self._logged()
         if self.fabric.global_rank == 0 and not resumed:
             description = {"run": self.run.to_dict(), "data_sha256": self.images.sha256, **machine()}
             (self.folder / "run.json").write_text(json.dumps(description, indent=1) + "\n")
         writer = SummaryWriter(str(self.folder / "tensorboard")) if self.fabric.global_rank == 0 else None
         total = self.run.epochs * len(self.batches)
         bar = tqdm(total=total, initial=self.updates, unit="update", dynamic_ncols=True, mininterval=1.0, smoothing=0.05)
-        line: dict[str, Any] = {}
         try:
-            while self.batches.epoch < self.run.epochs:
-                began = time.monotonic()
-                for index in self.batches:
-                    trace = self.update(index)
-                    self._add_up(trace)
-                    bar.update()
-                    progress = f"epoch {self.batches.epoch + 1}/{self.run.epochs} ELBO {self._mean('elbo')[-1]:.2f} nats"
-                    bar.set_postfix_str(progress, refresh=False)
-                    if time.monotonic() - self._saved_at > SAVE_EVERY_S:
-                        self.save()
-                line = self._finish_epoch(time.monotonic() - began)
-                bar.write(describe(line))
-                if writer is not None:
-                    log_scalars(writer, line)
+            with deferred_interrupt() as interrupted:
+                while self.batches.epoch < self.run.epochs:
+                    began = time.monotonic()
+                    for index in self.batches:
+                        trace = self.update(index)
+                        self._add_up(trace)
+                        bar.update()
+                        progress = f"epoch {self.batches.epoch + 1}/{self.run.epochs} ELBO {self._mean('elbo')[-1]:.2f} nats"
+                        bar.set_postfix_str(progress, refresh=False)
+                        stop = interrupted()
+                        if stop or time.monotonic() - self._saved_at > SAVE_EVERY_S:
+                            self.save()
+                        if stop:
+                            raise KeyboardInterrupt
+                    line = self._finish_epoch(time.monotonic() - began)
+                    bar.write(describe(line))
+                    if writer is not None:
+                        log_scalars(writer, line)
         except KeyboardInterrupt:
-            self.save()
             bar.write(f"stopped after {self.updates} updates; the same command continues from {self.folder}")
             raise
         finally:
@@ -204,10 +237,7 @@ class Trainer:
         names = ("elbo", "grad_mu", "grad_log_sigma")
         means = {name: torch.stack([getattr(seen, name).mean() for seen in trace]).tolist() for name in names}
         if not all(math.isfinite(value) for values in means.values() for value in values):
-            raise TrainingFailed(
-                f"update {self.updates} (epoch {self.batches.epoch + 1}): the ELBO is not finite. The last good checkpoint is "
-                f"{self.folder / 'last.pt'}; lower the learning rate or clip_norm and resume, or start anew."
-            )
+            raise self._failed("the ELBO or its gradient")
         for name, values in means.items():
             before = self.sums.get(name, [0.0] * len(values))
             self.sums[name] = [a + b for a, b in zip(before, values, strict=True)]
@@ -216,10 +246,35 @@ class Trainer:
     def _mean(self, name: str) -> list[float]:
         return [value / max(1, self.seen_batches) for value in self.sums.get(name, [math.nan])]
 
+    def _failed(self, what: str) -> TrainingFailed:
+        kept = f"The last good checkpoint is {self.folder / LAST}" if (self.folder / LAST).exists() else "No checkpoint was saved yet"
+        return TrainingFailed(
+            f"update {self.updates} (epoch {self.batches.epoch + 1}): {what} is not finite. {kept}; "
+            "train with a lower learning rate or clip_norm into another folder."
+        )
+
+    def _logged(self) -> dict[str, Any]:
+        """The line of the last finished epoch, or {}. Lines of later epochs, from a run killed before it saved, are dropped."""
+        log = self.folder / "log.jsonl"
+        if not log.exists():
+            return {}
+        lines = log.read_text().splitlines(keepends=True)[: self.batches.epoch]
+        if self.fabric.global_rank == 0:
+            partial = log.with_suffix(".partial")
+            partial.write_text("".join(lines))
+            partial.replace(log)
+        return dict(json.loads(lines[-1])) if lines else {}
+
     # state -----------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes the resumable state (rank 0; the generators of other ranks are keyed by rank and epoch alone)."""
+        """Writes the resumable state (rank 0; the generators of other ranks are keyed by rank and epoch alone).
+
+        Raises:
+            TrainingFailed: a weight is not finite; the state saved before stays.
+        """
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise self._failed("a weight")
         self._saved_at = time.monotonic()
         if self.fabric.global_rank == 0:
             save_last(
