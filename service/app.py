@@ -49,6 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
             _add_closed_form(repository)
         metrics.models_loaded.set(len(repository.all()))
         server = app.state.server = Server(scheduler, repository, limits_of(settings), metrics)
+        metrics.watch(scheduler.stats)
         scheduler.start()
         try:
             yield

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 LOG = logging.getLogger("elbow")
@@ -67,6 +71,33 @@ class ModelMetrics:
     rows_in_flight: Gauge
 
 
+_COUNTED = {
+    "ticks": "Ticks of the scheduler.",
+    "steps": "Refinement steps of single rows.",
+    "rows_done": "Rows finished.",
+    "jobs_done": "Requests answered by the scheduler.",
+    "jobs_failed": "Requests the scheduler answered with an error.",
+    "jobs_abandoned": "Requests whose client left first.",
+    "degraded": "Rows given fewer steps than asked, under load.",
+}
+_HELD = {"rows_waiting": "Rows in line for a slot.", "rows_in_flight": "Rows in refinement."}
+
+
+class _Scheduled(Collector):
+    """Reads the scheduler's own counts when Prometheus comes to collect them."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, Any]]):
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        for kinds, family in ((_COUNTED, CounterMetricFamily), (_HELD, GaugeMetricFamily)):
+            for attribute, text in kinds.items():
+                metric = family(f"elbow_scheduler_{attribute}", text, labels=("model", "version"))
+                for key, counts in self._counts().items():
+                    metric.add_metric(key.split("/", 1), getattr(counts, attribute))
+                yield metric
+
+
 class Metrics:
     """The counters and histograms of one application, on a registry of its own."""
 
@@ -104,6 +135,10 @@ class Metrics:
 
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._answers: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
+
+    def watch(self, counts: Callable[[], Mapping[str, Any]]) -> None:
+        """Also exposes what a scheduler counts: `counts` gives, per "name/version", an object with the attributes of `_COUNTED`."""
+        self.registry.register(_Scheduled(counts))
 
     def of_model(self, name: str, version: str) -> ModelMetrics:
         found = self._models.get((name, version))

@@ -159,6 +159,14 @@ def test_concurrent_requests_are_all_answered_with_their_own_rows(elbow):
         assert np.allclose(reply.mu, alone[index % 6], atol=1e-5)
 
 
+def test_the_schedulers_own_counts_are_among_the_metrics(elbow):
+    client, run = elbow
+    run(client.encode(ROWS, steps=4))
+    text = run(client._http.get("/metrics")).text
+    assert 'elbow_scheduler_steps_total{model="closed-form",version="1"} 24.0' in text
+    assert 'elbow_scheduler_rows_waiting{model="closed-form",version="1"} 0.0' in text
+
+
 def test_the_curve_has_times_measured_on_this_machine(elbow):
     client, run = elbow
     curve = run(client.curve())
