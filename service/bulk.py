@@ -119,7 +119,7 @@ def _claim(parts: Path, rows: NDArray[Any], options: argparse.Namespace) -> None
     wanted = {name: getattr(options, name) for name in ("model", "steps", "deadline_ms", "tolerance", "seed", "batch")}
     wanted["rows"] = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
     stamp = parts / "run.json"
-    if stamp.exists():
+    if any(parts.glob("*.npz")):
         if json.loads(stamp.read_text()) != wanted:
             raise BulkError(f"{parts} holds an unfinished run of other rows or arguments: finish it, or remove the folder")
         return

@@ -238,7 +238,7 @@ def test_without_both_the_closed_form_model_still_answers(tmp_path):
 
 @pytest.mark.parametrize("engine", ["onnx", "torchscript"])
 def test_a_recurrent_model_goes_on_bit_for_bit_from_its_carry(tiny_repository, engine):
-    rows = np.random.default_rng(0).integers(0, 2, (3, 20)).astype(np.float32)
+    rows = np.random.default_rng(0).integers(0, 2, (1, 20)).astype(np.float32)  # one row: the batch is always the same
     with running(Settings(repository=tiny_repository, engine=engine), "iterative") as (client, run):
         half = run(client.encode(rows, steps=3, returns=("posterior", "elbo", "carry")))
         both = run(client.refine(rows, half.posteriors, steps=3))

@@ -90,6 +90,13 @@ def test_parts_of_another_run_are_not_mixed_in(answers, source, tmp_path, capsys
     assert "unfinished run of other rows or arguments" in capsys.readouterr().err
 
 
+def test_a_run_that_failed_before_its_first_answer_leaves_nothing_in_the_way(answers, source, tmp_path):
+    out = tmp_path / "out.npz"
+    answers["interrupt_at"] = 1
+    run(source, out, "--concurrency", "1")
+    assert run(source, out, "--steps", "9") == 0
+
+
 def test_a_folder_of_images_keeps_their_names(answers, tmp_path):
     from PIL import Image
 
