@@ -6,6 +6,7 @@ whose `inputs` take exactly 784 numbers in [0, 1] and whose `steps` end at 128. 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,17 +16,9 @@ from service.arrays import LARGEST
 from service.errors import FRAMEWORK_CODES, PROBLEM_JSON, STATUS
 from service.jobs import MAX_DIRECT_STEPS, Limits
 from service.repository import ServedModel
+from service.routes.infer import ENDPOINTS, Endpoint
 
 Json = dict[str, Any]
-
-BODIES: dict[str, tuple[type[schemas._Body], str]] = {
-    "encode": (schemas.EncodeBody, "Infer the posterior of each row, in as many steps as you choose."),
-    "refine": (schemas.RefineBody, "Go on from the posteriors of an earlier reply."),
-    "reconstruct": (schemas.ReconstructBody, "The parameters of p(x|z), from inputs or from posteriors."),
-    "score": (schemas.ScoreBody, "Importance-weighted log p(x), in nats, and the quantile of the ELBO among training rows."),
-    "generate": (schemas.GenerateBody, "Draws from the prior, or points between two posteriors."),
-}
-STREAMS = ("encode", "refine")
 
 
 def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], limits: Limits) -> Json:
@@ -56,27 +49,32 @@ def _model_paths(model: ServedModel, prefix: str, limits: Limits) -> Json:
         prefix: {"get": _get("model", f"The card of {model.name}.", tag=model.name)},
         f"{prefix}/curve": {"get": _get("curve", "ELBO against steps and milliseconds on this server.", tag=model.name)},
     }
-    for call, (body, summary) in BODIES.items():
-        paths[f"{prefix}/{call}"] = {"post": _post(call, body, summary, model, limits)}
+    for endpoint in ENDPOINTS:
+        paths[f"{prefix}/{endpoint.name}"] = {"post": _post(endpoint, model, limits)}
     return paths
 
 
-def _post(call: str, body: type[schemas._Body], summary: str, model: ServedModel, limits: Limits) -> Json:
+def _post(endpoint: Endpoint, model: ServedModel, limits: Limits) -> Json:
     content: Json = {"application/json": {"schema": _reply_schema()}}
-    if call in STREAMS:
+    if endpoint.streams:
         content["text/event-stream"] = {"schema": {"type": "string", "description": "event: step per row and step, then event: done"}}
     return {
-        "summary": summary,
+        "summary": inspect.getdoc(endpoint.body),
         "tags": [model.name],
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": _body_schema(body, model.card, limits), "example": _example(call, model.card)}},
+            "content": {
+                "application/json": {
+                    "schema": _body_schema(endpoint.body, model.card, limits),
+                    "example": _example(endpoint.name, model.card),
+                }
+            },
         },
         "responses": {"200": {"description": "one result per row, in order", "content": content}, **_problems(STATUS.values())},
     }
 
 
-def _body_schema(body: type[schemas._Body], card: Card, limits: Limits) -> Json:
+def _body_schema(body: type[schemas.Body], card: Card, limits: Limits) -> Json:
     """The pydantic schema with the parts that only the card and the limits know filled in."""
     schema = body.model_json_schema(by_alias=True)
     fields: Json = schema["properties"]

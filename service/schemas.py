@@ -20,11 +20,11 @@ Part = Literal["posterior", "elbo", "trace", "reconstruction", "z", "carry"]
 DEFAULT_PARTS: tuple[Part, ...] = ("posterior", "elbo")
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class _Budgeted(_Body):
+class _Budgeted(Body):
     """What bounds the thinking (service/scheduler/job.py: Budget), and the seed of its noise."""
 
     steps: Count | None = Field(None, description="refinement steps; without any budget: the trained number")
@@ -39,7 +39,7 @@ class _Budgeted(_Body):
 
 
 class EncodeBody(_Budgeted):
-    """Infer the posterior of each row."""
+    """Infer the posterior of each row, in as many steps as you choose."""
 
     inputs: Any = Field(description="one list of numbers per row, flat or nested to the shape of x")
     mask: Any = Field(None, description="same shape as inputs: 1 = observed, 0 = hidden; null: all observed")
@@ -68,14 +68,14 @@ class ReconstructBody(_Budgeted):
 
 
 class ScoreBody(_Budgeted):
-    """How probable the rows are under the model, in nats."""
+    """Importance-weighted log p(x), in nats, and the quantile of the ELBO among training rows."""
 
     inputs: Any = Field(description="one list of numbers per row, flat or nested to the shape of x")
     mask: Any = Field(None, description="same shape as inputs: 1 = observed, 0 = hidden; null: all observed")
     samples: AtLeastOne = Field(100, description="importance samples")
 
 
-class GenerateBody(_Body):
+class GenerateBody(Body):
     """Draws from the prior, or points between two posteriors."""
 
     count: AtLeastOne = Field(1, description="how many to generate")
@@ -84,7 +84,7 @@ class GenerateBody(_Body):
     samples: Count = Field(0, description="draws of x per result, besides the mean")
 
 
-BodyT = TypeVar("BodyT", bound=_Body)
+BodyT = TypeVar("BodyT", bound=Body)
 
 
 def read_body_fields(kind: type[BodyT], parsed: dict[str, Any]) -> BodyT:
@@ -100,13 +100,13 @@ def read_body_fields(kind: type[BodyT], parsed: dict[str, Any]) -> BodyT:
     raise InvalidInput("; ".join(f"{path}: {message}" for path, message in fields[:5]), fields=fields)
 
 
-def _explain(kind: type[_Body], error: Any) -> tuple[str, str]:
+def _explain(kind: type[Body], error: Any) -> tuple[str, str]:
     """pydantic's error in this service's words: (path, message)."""
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     return path, _message(kind, error["type"], error["input"], error.get("ctx", {}), error["msg"])
 
 
-def _message(kind: type[_Body], fault: str, given: object, context: dict[str, Any], otherwise: str) -> str:
+def _message(kind: type[Body], fault: str, given: object, context: dict[str, Any], otherwise: str) -> str:
     if fault == "missing":
         return "is required"
     if fault == "extra_forbidden":

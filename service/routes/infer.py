@@ -29,7 +29,7 @@ class Endpoint:
     """One call: its body, how a body becomes a job, how a result becomes a reply, and whether it streams."""
 
     name: str
-    body: type[Any]
+    body: type[schemas.Body]
     job: Callable[[Any, ServedModel, jobs.Limits, float], Job]
     reply: Callable[[ServedModel, JobResult, Any], dict[str, Any]]
     streams: bool = False

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from service.errors import Overloaded
+from service.scheduler.job import StepEvent
 
 ROW = [0.0] * 784
 
@@ -194,6 +195,24 @@ def test_a_refusal_before_the_first_event_is_an_ordinary_error(service):
     assert reply.headers["retry-after"] == "2"
 
 
+def scope(path, accept=b"*/*"):
+    """A POST as uvicorn hands it to an application."""
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "method": "POST",
+        "path": path,
+        "raw_path": b"",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"accept", accept)],
+        "http_version": "1.1",
+        "scheme": "http",
+        "server": ("test", 80),
+        "client": ("test", 1),
+        "root_path": "",
+    }
+
+
 def test_a_client_that_leaves_cancels_its_job(service):
     service.scheduler.hold = asyncio.Event()
     raw = json.dumps({"inputs": [ROW]}).encode()
@@ -206,23 +225,40 @@ def test_a_client_that_leaves_cancels_its_job(service):
     async def send(message):
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/models/digits/encode",
-        "raw_path": b"",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-        "http_version": "1.1",
-        "scheme": "http",
-        "server": ("test", 80),
-        "client": ("test", 1),
-        "root_path": "",
-    }
-    service.run(service.app(scope, receive, send))
+    service.run(service.app(scope("/v1/models/digits/encode"), receive, send))
     assert service.scheduler.cancelled == 1
     assert sent[0]["status"] == 499
     assert 'elbow_rows_in_flight{model="digits",version="2"} 0.0' in service.get("/metrics").text
+
+
+def test_a_reader_of_events_that_leaves_cancels_its_job(service):
+    left = asyncio.Event()
+    cancelled = []
+
+    async def submit(job):
+        job.on_step(StepEvent(0, 0, -1.0, 0, -1.0, {name: np.zeros(4, np.float32) for name in ("q.mu", "q.log_sigma")}, np.zeros(1)))
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(job)
+            raise
+
+    service.scheduler.submit = submit
+    raw = json.dumps({"inputs": [ROW]}).encode()
+    messages = [{"type": "http.request", "body": raw, "more_body": False}]
+
+    async def receive():
+        if messages:
+            return messages.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        if message.get("body"):
+            left.set()
+
+    service.run(service.app(scope("/v1/models/digits/encode", accept=b"text/event-stream"), receive, send))
+    assert len(cancelled) == 1
 
 
 def test_a_large_body_is_parsed_in_a_worker_and_answered_the_same(service):
