@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +23,8 @@ from service.engine.parity import verify_parity
 BATCHES = (1, 8, 64)
 WARM_UP_CALLS = 5
 BENCH_SECONDS = 0.5
+REPLY_S = 2
+"""After the scheduler has stopped, for the last replies to leave."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +48,18 @@ def run() -> int:
 
     settings = read_settings()
     configure_logging(settings.log_level)
-    uvicorn.run(
-        create_app(settings),
+    app = create_app(settings)
+
+    class DrainingServer(uvicorn.Server):
+        """At SIGTERM the scheduler stops beside uvicorn: what runs is finished or refused in time, and nobody is left unanswered."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            stopping = asyncio.ensure_future(app.state.server.stop(settings.drain_s))
+            await super().shutdown(sockets)
+            await stopping
+
+    config = uvicorn.Config(
+        app,
         host=settings.host,
         port=settings.port,
         loop="auto",  # uvloop where it is installed
@@ -52,9 +67,11 @@ def run() -> int:
         access_log=False,
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=round(settings.drain_s),
+        timeout_graceful_shutdown=math.ceil(settings.drain_s) + REPLY_S,
     )
-    return 0
+    server = DrainingServer(config)
+    server.run()
+    return 0 if server.started else 1
 
 
 def check(path: Path) -> int:

@@ -54,8 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             yield
         finally:
-            server.draining = True
-            await scheduler.stop(settings.drain_s)
+            await server.stop(settings.drain_s)
 
     return assemble(metrics, lifespan)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ class Scheduling(Protocol):
         """The job's result; cancelling the call frees its rows at the next tick. Raises ElbowError."""
         ...
 
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new jobs, finishes what it can in time, answers the rest with ShuttingDown."""
+        ...
+
     def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
         """Milliseconds that one run of `program` takes on so many rows, as measured on this machine."""
         ...
@@ -37,6 +42,14 @@ class Server:
     metrics: Metrics
     clock: Callable[[], float] = time.monotonic
     draining: bool = False
+    _stopping: asyncio.Future[None] | None = None
+
+    async def stop(self, grace_s: float) -> None:
+        """Stops the scheduler, once, however many ask; returns when it has stopped."""
+        if self._stopping is None:
+            self.draining = True
+            self._stopping = asyncio.ensure_future(self.scheduler.stop(grace_s))
+        await asyncio.shield(self._stopping)
 
 
 def server_of(request: Request) -> Server:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -70,24 +71,46 @@ def test_run_refuses_a_misspelt_variable(monkeypatch, capsys):
     assert "unknown variable ELBOW_PROT" in capsys.readouterr().err
 
 
-def test_run_serves_until_sigterm(tmp_path):
+@pytest.fixture
+def server(tmp_path):
+    """(process, url, log file) of `elbow-serve run` with the closed-form model."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ELBOW_")}
-    environment |= {"ELBOW_PORT": str(port), "ELBOW_CLOSED_FORM": "1", "ELBOW_REPOSITORY": str(tmp_path), "ELBOW_DRAIN_S": "2"}
+    environment |= {"ELBOW_PORT": str(port), "ELBOW_CLOSED_FORM": "1", "ELBOW_REPOSITORY": str(tmp_path), "ELBOW_DRAIN_S": "0.2"}
     log = tmp_path / "log"
     with log.open("wb") as handle:
-        server = subprocess.Popen([sys.executable, "-m", "service", "run"], env=environment, stderr=handle)
+        process = subprocess.Popen([sys.executable, "-m", "service", "run"], env=environment, stderr=handle)
     try:
-        answer = _first_answer(f"http://127.0.0.1:{port}/readyz", server)
-        assert answer.json()["models"] == ["closed-form/1"]
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(30) in (0, -signal.SIGTERM)
+        _first_answer(f"http://127.0.0.1:{port}/readyz", process)
+        yield process, f"http://127.0.0.1:{port}", log
     finally:
-        server.kill()
-        server.wait()
+        process.kill()
+        process.wait()
+
+
+def test_run_serves_until_sigterm(server):
+    process, url, log = server
+    assert httpx.get(f"{url}/readyz").json()["models"] == ["closed-form/1"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) in (0, -signal.SIGTERM)
     assert '"message":"model loaded"' in log.read_text()
+
+
+def test_a_request_longer_than_the_drain_is_answered_all_the_same(server):
+    process, url, _ = server
+    body = {"inputs": [[0.0] * 8] * 10_000, "steps": 128, "samples": 200, "return": ["elbo", "trace"]}
+    with ThreadPoolExecutor() as pool:
+        reply = pool.submit(httpx.post, f"{url}/v1/models/closed-form/encode", json=body, timeout=60)
+        while 'elbow_rows_in_flight{model="closed-form",version="1"} 10000.0' not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        answer = reply.result(60)
+    assert answer.status_code == 503
+    assert answer.json()["code"] == "shutting_down"
+    assert int(answer.headers["retry-after"]) >= 1
+    assert process.wait(30) in (0, -signal.SIGTERM)
 
 
 def _first_answer(url: str, server: subprocess.Popen[bytes]) -> httpx.Response:
