@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from service.app import build_engine, create_app
-from service.client import AsyncElbowClient
+from service.client import AsyncElbowClient, ElbowHTTPError
 from service.engine.closed_form import ClosedFormEngine
 from service.settings import Settings
 
@@ -157,6 +157,27 @@ def test_concurrent_requests_are_all_answered_with_their_own_rows(elbow):
 
     for index, reply in enumerate(run(together())):
         assert np.allclose(reply.mu, alone[index % 6], atol=1e-5)
+
+
+def test_what_does_not_fit_the_queue_is_refused_with_a_time_to_come_back(tmp_path):
+    settings = Settings(closed_form=True, repository=tmp_path, queue_rows=8)
+    with running(settings, "closed-form") as (client, run):
+
+        async def burst():
+            body = {"inputs": ROWS.tolist() * 50, "steps": 64}
+            calls = (client._http.post("/v1/models/closed-form/encode", json=body) for _ in range(40))
+            return await asyncio.gather(*calls)
+
+        replies = run(burst())
+    refused = [reply for reply in replies if reply.status_code == 503]
+    assert {reply.status_code for reply in replies} == {200, 503}
+    assert all(int(reply.headers["retry-after"]) >= 1 and reply.json()["code"] == "overloaded" for reply in refused)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(elbow):
+    client, run = elbow
+    with pytest.raises(ElbowHTTPError, match="504 deadline_exceeded"):
+        run(client.encode(ROWS, steps=3, deadline_ms=0.01))
 
 
 def test_the_schedulers_own_counts_are_among_the_metrics(elbow):
