@@ -19,6 +19,65 @@ class VAEArchitecture:
 
 
 @dataclass(frozen=True)
+class VRNNArchitecture:
+    """Chung 2015. Networks of ELU layers; an empty tuple is no network, the input itself.
+
+    Attributes:
+        hidden: of the recurrent core, `cell` "lstm" or "gru".
+        x_hidden, z_hidden: features of x and z; prior_hidden: of p(z|h); decoder_hidden: of p(x|z, h), at least one layer.
+        likelihood: "bernoulli", "gaussian" or "quantised_gaussian"; `interval`: of the last, in the units of x (16-bit PCM).
+    """
+
+    x_size: int = 200
+    latent: int = 64
+    hidden: int = 512
+    cell: str = "lstm"
+    x_hidden: tuple[int, ...] = (256,)
+    z_hidden: tuple[int, ...] = (128,)
+    prior_hidden: tuple[int, ...] = (256,)
+    decoder_hidden: tuple[int, ...] = (256, 256)
+    likelihood: str = "gaussian"
+    interval: float = 2.0**-15
+    kind: Literal["vrnn"] = "vrnn"
+
+
+@dataclass(frozen=True)
+class SRNNArchitecture:
+    """Fraccaro 2016, filtering; attributes as VRNNArchitecture's. Sizes are the published ones for piano rolls."""
+
+    x_size: int = 88
+    latent: int = 100
+    hidden: int = 300
+    cell: str = "lstm"
+    x_hidden: tuple[int, ...] = ()
+    prior_hidden: tuple[int, ...] = (500,)
+    decoder_hidden: tuple[int, ...] = (500, 500)
+    likelihood: str = "bernoulli"
+    interval: float = 2.0**-15
+    kind: Literal["srnn"] = "srnn"
+
+
+@dataclass(frozen=True)
+class LinearGaussianArchitecture:
+    """z′ = A z + w, x = C z + v: exactly solvable by the Kalman filter."""
+
+    x_size: int = 1
+    latent: int = 1
+    kind: Literal["linear_gaussian"] = "linear_gaussian"
+
+
+@dataclass(frozen=True)
+class OwnFilterArchitecture:
+    """A filter designed for its model. `residual`: μ_q = prior mean + f (as for the SRNN), else μ_q = f (the VRNN)."""
+
+    x_hidden: tuple[int, ...] = ()
+    hidden: tuple[int, ...] = (500,)
+    residual: bool = False
+    encode_mask: bool = False
+    kind: Literal["own_filter"] = "own_filter"
+
+
+@dataclass(frozen=True)
 class DirectArchitecture:
     """A standard encoder, λ = f(x). `encode_mask`: it also reads which entries are observed."""
 
@@ -79,8 +138,39 @@ class Architecture:
         return Architecture(_part(values["generative"]), _part(values["inference"]))
 
 
+AVF = IterativeArchitecture(encodings=("q_layer_norm", "grad_layer_norm"), hidden=(1024, 1024), highway=True)
+"""The inference network of amortized variational filtering as published (Marino, Cvitkovic & Yue 2018, section 5.1)."""
+
+FilterGenerativeArchitecture = VRNNArchitecture | SRNNArchitecture | LinearGaussianArchitecture
+FilterInferenceArchitecture = IterativeArchitecture | OwnFilterArchitecture | OptimiserArchitecture
+
+
+@dataclass(frozen=True)
+class FilterArchitecture:
+    """A whole sequence model: the generative side and the inference side."""
+
+    generative: FilterGenerativeArchitecture = field(default_factory=SRNNArchitecture)
+    inference: FilterInferenceArchitecture = AVF
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> FilterArchitecture:
+        """Rebuilds what `to_dict` wrote.
+
+        Raises:
+            ValueError: the `kind` of a part is unknown.
+        """
+        return FilterArchitecture(_part(values["generative"]), _part(values["inference"]))
+
+
 _KINDS: dict[str, type] = {
     "vae": VAEArchitecture,
+    "vrnn": VRNNArchitecture,
+    "srnn": SRNNArchitecture,
+    "linear_gaussian": LinearGaussianArchitecture,
+    "own_filter": OwnFilterArchitecture,
     "direct": DirectArchitecture,
     "iterative": IterativeArchitecture,
     **dict.fromkeys(("sgd", "momentum", "rmsprop", "adam"), OptimiserArchitecture),

@@ -8,18 +8,25 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from models.architecture import Architecture
+from models.architecture import Architecture, FilterArchitecture, OwnFilterArchitecture
 from models.generative.base import Generative
+from models.generative.filter import FilterGenerative
+from models.generative.linear_gaussian import LinearGaussian
+from models.generative.srnn import SRNN
 from models.generative.vae import VAE
+from models.generative.vrnn import VRNN
 from models.inference.base import Inference
 from models.inference.direct import DirectEncoder
 from models.inference.iterative import IterativeInference
 from models.inference.optimisers import SGD, Adam, Momentum, RMSProp
+from models.inference.own_filter import OwnFilter
 from models.likelihood import LIKELIHOODS
 
 T = TypeVar("T")
 
 GENERATIVE: dict[str, Callable[[Any], Generative]] = {"vae": VAE}
+
+FILTERS: dict[str, Callable[[Any], FilterGenerative]] = {"vrnn": VRNN, "srnn": SRNN, "linear_gaussian": LinearGaussian}
 
 INFERENCE: dict[str, Callable[[Any, int, tuple[int, ...]], Inference]] = {
     "direct": DirectEncoder,
@@ -54,8 +61,34 @@ def build(architecture: Architecture, seed: int | None = None) -> LatentModel:
         return LatentModel(generative, infer_with(generative, architecture.inference))
 
 
-def infer_with(generative: Generative, architecture: Any) -> Inference:
+class FilterModel(nn.Module):
+    """A sequence model (parameters θ) and the inference model that filters with it (parameters φ)."""
+
+    def __init__(self, generative: FilterGenerative, inference: Inference):
+        super().__init__()
+        self.generative = generative
+        self.inference = inference
+
+
+def build_filter(architecture: FilterArchitecture, seed: int | None = None) -> FilterModel:
+    """A sequence model with fresh weights; `seed` as in `build`.
+
+    Raises:
+        ValueError: a kind, cell, likelihood or encoding is unknown.
+    """
+    with torch.random.fork_rng(enabled=seed is not None, devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        generative = FILTERS[architecture.generative.kind](architecture.generative)
+        return FilterModel(generative, infer_with(generative, architecture.inference))
+
+
+def infer_with(generative: Generative | FilterGenerative, architecture: Any) -> Inference:
     """An inference model of another kind for a given generative model (for example Adam on a trained decoder)."""
+    if isinstance(architecture, OwnFilterArchitecture):
+        if not isinstance(generative, FilterGenerative):
+            raise ValueError("architecture: a custom-designed filter needs a sequence model")
+        return OwnFilter(architecture, generative.x_size, generative.latent_sizes, generative.summary_size)
     return _row(INFERENCE, "kind", architecture.kind)(architecture, generative.x_size, generative.latent_sizes)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.gaussian import DiagonalGaussian, Posterior
-from models.generative.base import Generative
+from models.generative.base import Conditional
 
 Noise = tuple[Tensor, ...]
 """Standard normal ε, one (B, S, D) per level."""
@@ -54,14 +54,13 @@ class Evidence:
     terms: ElboTerms
 
 
-def elbo(generative: Generative, q: Posterior, x: Tensor, mask: Tensor, noise: Noise) -> ElboTerms:
+def elbo(generative: Conditional, q: Posterior, x: Tensor, mask: Tensor, noise: Noise) -> ElboTerms:
     """The ELBO's two parts at λ = q, by reparameterised samples (equation 2; KL in closed form at every level)."""
     z = tuple(level.rsample(noise[i]) for i, level in enumerate(q))
-    likelihood = generative(z).log_prob(x, mask).mean(-1)
-    return ElboTerms(likelihood, generative.kl(q, z))
+    return ElboTerms(generative.expected_log_likelihood(q, z, x, mask), generative.kl(q, z))
 
 
-def log_weights(generative: Generative, q: Posterior, x: Tensor, mask: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+def log_weights(generative: Conditional, q: Posterior, x: Tensor, mask: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
     """log p(x|z) and log p(x, z) − log q(z) of every sample, both (B, S): the mean of exp of the latter estimates p(x)."""
     z = tuple(level.rsample(noise[i]) for i, level in enumerate(q))
     log_likelihood = generative(z).log_prob(x, mask)
@@ -75,7 +74,7 @@ def importance_log_px(log_weight: Tensor) -> Tensor:
 
 
 def evidence(
-    generative: Generative, q: Posterior, x: Tensor, mask: Tensor, noise: Noise, *, errors: bool = False, kl_weight: float | Tensor = 1.0
+    generative: Conditional, q: Posterior, x: Tensor, mask: Tensor, noise: Noise, *, errors: bool = False, kl_weight: float | Tensor = 1.0
 ) -> Evidence:
     """∇λ L at λ = q, one gradient per row (that of the sum over rows), and the errors if wanted.
 
@@ -92,7 +91,7 @@ def evidence(
     return Evidence(tuple(DiagonalGaussian(*pair) for pair in grad), error_x, error_z, ElboTerms(log_likelihood, kl))
 
 
-def prediction_errors(generative: Generative, q: Posterior, x: Tensor, mask: Tensor, noise: Noise) -> tuple[Tensor, tuple[Tensor, ...]]:
+def prediction_errors(generative: Conditional, q: Posterior, x: Tensor, mask: Tensor, noise: Noise) -> tuple[Tensor, tuple[Tensor, ...]]:
     """ε_x and ε_z, means over samples (Marino 2018, §4): forward passes only."""
     z = tuple(level.rsample(noise[i]) for i, level in enumerate(q))
     return generative(z).error(x, mask), generative.prior_errors(z)

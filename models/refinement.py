@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from models.gaussian import DiagonalGaussian, Posterior
-from models.generative.base import Generative
+from models.generative.base import Conditional
 from models.inference.base import Context, Inference, State
-from models.objective import Noise, elbo, evidence
+from models.objective import Evidence, Noise, elbo, evidence
 
 TOLERANCE_WINDOW = 4
 """A row has converged when its best measured ELBO rose by less than the tolerance over this many steps."""
@@ -36,18 +36,26 @@ class Status(IntEnum):
 
 
 def refine_once(
-    generative: Generative, inference: Inference, x: Tensor, mask: Tensor, context: Context, state: State, noise: Noise
+    generative: Conditional, inference: Inference, x: Tensor, mask: Tensor, context: Context, state: State, noise: Noise
 ) -> tuple[State, Tensor]:
-    """One step of every row, and the norm of ∇λ L before it, (B,).
+    """One step of every row, and the norm of ∇λ L before it, (B,): see `refine_seen`."""
+    new, norm, _ = refine_seen(generative, inference, x, mask, context, state, noise)
+    return new, norm
+
+
+def refine_seen(
+    generative: Conditional, inference: Inference, x: Tensor, mask: Tensor, context: Context, state: State, noise: Noise
+) -> tuple[State, Tensor, Evidence]:
+    """One step of every row, the norm of ∇λ L before it, (B,), and the evidence it was made from.
 
     A row of which nothing is observed keeps its state: there is no evidence to refine by. A row whose step is not
     finite keeps its state too, and its norm is NaN.
     """
     seen = evidence(generative, state.q, x, mask, noise, errors=inference.reads_errors)
     new = inference.step(state, context, seen)
-    norm = torch.stack([g.square().sum(-1) for level in seen.grad for g in (level.mu, level.log_sigma)]).sum(0).sqrt()
+    norm = torch.linalg.vector_norm(torch.cat([g for level in seen.grad for g in (level.mu, level.log_sigma)], -1), dim=-1)
     # 0 · v is 0 for finite v and NaN otherwise, so one sum finds any bad entry of a row
-    flaw = torch.stack([(0 * part).sum(-1) for level in new.q for part in (level.mu, level.log_sigma)]).sum(0) + 0 * norm
+    flaw = 0 * (norm + torch.cat([part for level in new.q for part in (level.mu, level.log_sigma)], -1).sum(-1))
     finite = flaw == 0
     accept = (finite & (mask.sum(-1) > 0)).unsqueeze(-1)
     q = tuple(
@@ -55,17 +63,17 @@ def refine_once(
         for a, b in zip(state.q, new.q, strict=True)
     )
     memory = {name: torch.where(accept, new.memory[name], state.memory[name]) for name in state.memory}
-    return State(q, memory), norm + flaw
+    return State(q, memory), norm + flaw, seen
 
 
-def begin(generative: Generative, inference: Inference, x: Tensor, mask: Tensor) -> tuple[State, Context]:
+def begin(generative: Conditional, inference: Inference, x: Tensor, mask: Tensor) -> tuple[State, Context]:
     """λ₀ and the context of every row of x (B, X)."""
     context = inference.context(x, mask)
     return inference.init(context, generative.prior_parameters(x)), context
 
 
 def steps(
-    generative: Generative, inference: Inference, x: Tensor, mask: Tensor, count: int, noise: Callable[[int], Noise]
+    generative: Conditional, inference: Inference, x: Tensor, mask: Tensor, count: int, noise: Callable[[int], Noise]
 ) -> Iterator[State]:
     """The states after 0, 1, … `count` steps; `noise(k)` gives fresh noise for step k. No parameter gets a gradient."""
     with torch.no_grad():
@@ -94,7 +102,7 @@ class Refined:
 
 
 def refine(
-    generative: Generative,
+    generative: Conditional,
     inference: Inference,
     x: Tensor,
     mask: Tensor,

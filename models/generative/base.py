@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from models.gaussian import Posterior
 from models.likelihood import Likelihood
+
+
+class Conditional(Protocol):
+    """What the objective and the refinement loop need of p(x, z): a static model, or one frame of a filter given its past."""
+
+    @property
+    def latent_sizes(self) -> tuple[int, ...]: ...
+
+    # nn.Module declares __call__ this way; it takes the samples of every level and gives p(x|z)
+    @property
+    def __call__(self) -> Any: ...
+
+    def expected_log_likelihood(self, q: Posterior, z: tuple[Tensor, ...], x: Tensor, mask: Tensor) -> Tensor:
+        """E_q[log p(x|z)] over observed entries, in nats: (B,). From the samples z unless a closed form is known."""
+        ...
+
+    def kl(self, q: Posterior, z: tuple[Tensor, ...]) -> Tensor: ...
+
+    def log_prior(self, z: tuple[Tensor, ...]) -> Tensor: ...
+
+    def prior_errors(self, z: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
+
+    def prior_parameters(self, like: Tensor) -> Posterior: ...
 
 
 class Generative(nn.Module, ABC):
@@ -22,6 +46,11 @@ class Generative(nn.Module, ABC):
     @abstractmethod
     def forward(self, z: tuple[Tensor, ...]) -> Likelihood:
         """p(x|z) with one entry per row and sample."""
+
+    def expected_log_likelihood(self, q: Posterior, z: tuple[Tensor, ...], x: Tensor, mask: Tensor) -> Tensor:
+        """E_q[log p(x|z)] in nats, (B,): the mean over the samples z."""
+        likelihood: Likelihood = self(z)
+        return likelihood.log_prob(x, mask).mean(-1)
 
     @abstractmethod
     def kl(self, q: Posterior, z: tuple[Tensor, ...]) -> Tensor:

@@ -36,8 +36,8 @@ class Inference(nn.Module, ABC):
     encodings: tuple[str, ...] = ()
 
     @abstractmethod
-    def context(self, x: Tensor, mask: Tensor) -> Context:
-        """What later steps need of x (B, X), by name, each (B, n)."""
+    def context(self, x: Tensor, mask: Tensor, past: Tensor | None = None) -> Context:
+        """What later steps need of x (B, X), by name, each (B, n). `past` (B, n): a filter's summary of earlier frames, if any."""
 
     @abstractmethod
     def init(self, context: Context, prior: Posterior) -> State:

@@ -31,7 +31,7 @@ class DirectEncoder(Inference):
         self.encoder = MLP(x_size * (2 if architecture.encode_mask else 1), architecture.hidden, architecture.highway)
         self.head = nn.Linear(self.encoder.output_size, 2 * sum(latent_sizes))
 
-    def context(self, x: Tensor, mask: Tensor) -> Context:
+    def context(self, x: Tensor, mask: Tensor, past: Tensor | None = None) -> Context:
         return {"lambda": self.head(self.encoder(centred(x, mask, self.encode_mask)))}
 
     def init(self, context: Context, prior: Posterior) -> State:

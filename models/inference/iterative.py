@@ -38,7 +38,7 @@ class IterativeInference(Inference):
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
 
-    def context(self, x: Tensor, mask: Tensor) -> Context:
+    def context(self, x: Tensor, mask: Tensor, past: Tensor | None = None) -> Context:
         return {} if self.embed_x is None else {"x_embedding": self.embed_x(centred(x, mask, self.encode_mask))}
 
     def init(self, context: Context, prior: Posterior) -> State:

@@ -36,7 +36,7 @@ class Optimiser(Inference):
 
     moments: tuple[str, ...] = ()
 
-    def context(self, x: Tensor, mask: Tensor) -> Context:
+    def context(self, x: Tensor, mask: Tensor, past: Tensor | None = None) -> Context:
         return {}
 
     def init(self, context: Context, prior: Posterior) -> State:
