@@ -1,8 +1,9 @@
 """A program as a graph of plain tensor operations, and that one graph as TorchScript and as ONNX.
 
 `torch.func.grad` inside a program is traced away by `make_fx`: the graph holds the backward pass as ordinary operations,
-with a symbolic number of rows and samples, and needs no autograd when it runs. TorchScript gets the graph with its weights
-left empty (the loader fills them from weights.safetensors); ONNX refers to the same file by offset.
+with a symbolic number of rows and samples and without the parts that no output needs (simplify.py), and needs no autograd
+when it runs. TorchScript gets the graph with its weights left empty (the loader fills them from weights.safetensors); ONNX
+refers to the same file by offset, and gets the graph in the operators that its runtime is good at (onnx_graph.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from models.artifact import WEIGHTS
 from models.catalogue import LatentModel
 from models.programs import Program
+from training.onnx_graph import suit_onnx_runtime
+from training.simplify import simplify
 
 aten = torch.ops.aten
 TRACE_SIZES = {"rows": 3, "samples": 4}
@@ -64,7 +67,7 @@ def trace(model: LatentModel, program: Program) -> tuple[fx.GraphModule, list[st
         graph = make_fx(lambda *flat: run(list(flat[: len(weights)]), *flat[len(weights) :]), tracing_mode="symbolic")(
             *weights.values(), *example_inputs(program)
         )
-    graph.graph.eliminate_dead_code()
+    graph = simplify(graph)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     used = []
     for node, name in zip(placeholders, weights, strict=False):
@@ -114,7 +117,7 @@ class _WithWeights(nn.Module):
 def to_onnx(graph: fx.GraphModule, used: list[str], model: LatentModel, program: Program, offsets: dict[str, tuple[int, int]]) -> bytes:
     """The graph as ONNX whose initialisers point into weights.safetensors (`offsets`: name -> (first byte, bytes))."""
     parameters = dict(model.named_parameters())
-    module = _WithWeights(graph, {name: parameters[name].detach() for name in used})
+    module = _WithWeights(suit_onnx_runtime(graph), {name: parameters[name].detach() for name in used})
     dimensions = {size: torch.export.Dim(size, min=1) for size in TRACE_SIZES}
     shapes = [{axis: dimensions[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in program.inputs]
     with warnings.catch_warnings():

@@ -24,6 +24,12 @@ def _pairs(levels: Posterior) -> list[Tensor]:
     return [part for level in levels for part in (level.mu, level.log_sigma)]
 
 
+def _layer_normed(levels: Posterior) -> list[Tensor]:
+    """Every part normalised over its own features, (B, 2D) per level: both parts of a level in one call."""
+    pairs = [torch.cat([level.mu, level.log_sigma], -1).unflatten(-1, (2, -1)) for level in levels]
+    return [layer_norm(pair).flatten(-2) for pair in pairs]
+
+
 def log_sign(g: Tensor) -> Tensor:
     """sign(g)·log(1 + |g|/c): the pair (log|g|, sign g) of Andrychowicz 2016 in one continuous feature."""
     return torch.sign(g) * torch.log1p(g.abs() / LOG_SIGN_SCALE)
@@ -34,12 +40,12 @@ def _grad_raw(state: State, evidence: Evidence) -> list[Tensor]:
 
 
 def _grad_log_sign(state: State, evidence: Evidence) -> list[Tensor]:
-    return [log_sign(g) for g in _pairs(evidence.grad)]
+    return [log_sign(torch.cat(_pairs(evidence.grad), -1))]
 
 
 def _grad_layer_norm(state: State, evidence: Evidence) -> list[Tensor]:
     # ∇μ and ∇log σ normalised separately, each over its own features: no statistic crosses a row
-    return [layer_norm(g) for g in _pairs(evidence.grad)]
+    return _layer_normed(evidence.grad)
 
 
 def _error_x(state: State, evidence: Evidence) -> list[Tensor]:
@@ -57,7 +63,7 @@ def _q(state: State, evidence: Evidence) -> list[Tensor]:
 
 
 def _q_layer_norm(state: State, evidence: Evidence) -> list[Tensor]:
-    return [layer_norm(part) for part in _pairs(state.q)]
+    return _layer_normed(state.q)
 
 
 def _step(state: State, evidence: Evidence) -> list[Tensor]:
