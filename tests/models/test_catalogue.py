@@ -23,7 +23,11 @@ SMALL = Architecture(VAEArchitecture(6, 2, (8,)), IterativeArchitecture(hidden=(
 
 @pytest.mark.parametrize(
     "inference",
-    [DirectArchitecture(hidden=(4, 5), encode_mask=True), IterativeArchitecture(("q", "x"), recurrent=True), OptimiserArchitecture("momentum")],
+    [
+        DirectArchitecture(hidden=(4, 5), encode_mask=True),
+        IterativeArchitecture(("q", "x"), recurrent=True),
+        OptimiserArchitecture("momentum"),
+    ],
 )
 def test_an_architecture_survives_json(inference: InferenceArchitecture) -> None:
     architecture = Architecture(VAEArchitecture(6, 2, (8, 9)), inference)

@@ -16,7 +16,9 @@ PAIRS = pytest.mark.parametrize(("ours", "theirs"), [(elu, nn.functional.elu), (
 
 
 @PAIRS
-def test_value_and_gradient_are_those_of_torch(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+def test_value_and_gradient_are_those_of_torch(
+    ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
     a = torch.cat([torch.linspace(-30, 30, 601, dtype=dtype), torch.tensor([-1e3, 1e3], dtype=dtype)]).requires_grad_()
     weights = torch.linspace(1, 2, len(a), dtype=dtype)
     assert_close(ours(a), theirs(a))

@@ -149,7 +149,9 @@ def test_evidence_leaves_no_gradient_on_the_model_and_no_graph(normal: Draw, bin
     assert not seen.terms.elbo.requires_grad
 
 
-def test_the_exact_posterior_has_constant_importance_weights(normal: Draw, dtype: torch.dtype, device: torch.device, linear_gaussian: Any) -> None:
+def test_the_exact_posterior_has_constant_importance_weights(
+    normal: Draw, dtype: torch.dtype, device: torch.device, linear_gaussian: Any
+) -> None:
     """With one latent variable q can be the exact posterior: then every weight, and the ELBO itself, is log p(x)."""
     exact = type(linear_gaussian)(dtype, device, latent=1)
     x = exact.sample(normal(B, 1), normal(B, 6))
