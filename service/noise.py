@@ -21,7 +21,6 @@ Shapes: R rows, S samples, D elements (latent size of a level, or size of x).
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +39,7 @@ _BLOCKS_AT_ONCE = 4096
 
 
 class Purpose(IntEnum):
-    """Streams that must never be mixed (docs/decisions/noise.md: λ overfits noise that it is measured with)."""
+    """Streams that must never be mixed: λ overfits the noise that it is refined with."""
 
     REFINE = 0
     MEASURE = 1
@@ -108,22 +107,24 @@ def vectors(
     *,
     frame: NDArray[np.int64] | int = 0,
 ) -> NDArray[np.float32]:
-    """F vectors of D normals, each with a seed, a sample, a word (from `words`) and a frame of its own: (F, D) float32.
+    """F vectors of D normals, each with a seed, a sample, a word (from `words`; or one for all) and a frame of its own: (F, D) float32.
 
     What `normals` is made of; callers that want vectors for several purposes at once save the fixed cost of a call.
     """
     count, blocks = len(seeds), (size + 3) // 4
     out = np.empty((count, blocks, 2, 2), np.float32)
+    counters = np.empty((2, 1, count), np.uint64)
+    counters[0, 0], counters[1, 0] = samples, frame
+    high = np.left_shift(word, _HALF)
+    counters[1, 0] |= high
     at_once = max(1, _BLOCKS_AT_ONCE // max(1, blocks))
-    odd = np.empty((2, 1, count), np.uint64)
-    odd[0, 0], odd[1, 0] = samples, frame
-    word = np.broadcast_to(word, (count,))
+    block = np.arange(blocks, dtype=np.uint64)
+    block <<= _HALF
     for start in range(0, count, at_once):
         part = slice(start, start + at_once)
         state = np.empty((2, blocks, len(seeds[part])), np.uint64)
-        state[0], state[1] = np.arange(blocks, dtype=np.uint64)[:, None], word[part]
-        state <<= _HALF
-        state |= odd[:, :, part]
+        np.bitwise_or(counters[0, :, part], block[:, None], out=state[0])
+        state[1] = counters[1, :, part]
         _box_muller(_philox(state, seeds[part]), out[part])
     return out.reshape(count, blocks * 4)[:, :size]
 
@@ -140,13 +141,15 @@ def _draw(
     seeds: NDArray[np.uint64], word: NDArray[np.uint64], samples: NDArray[np.int64], size: int, frame: NDArray[np.int64] | int
 ) -> NDArray[np.float32]:
     """`normals` for the given sample numbers, (S,) or (R, S), and words, () or (R,)."""
-    shape = (len(seeds), samples.shape[-1])
-
-    def each(value: NDArray[Any]) -> NDArray[Any]:
-        return np.broadcast_to(value.reshape(-1, 1), shape).reshape(-1)
-
-    flat = np.broadcast_to(samples, shape).reshape(-1)
-    return vectors(each(seeds), flat, each(word), size, frame=each(np.asarray(frame))).reshape(*shape, size)
+    rows, count = len(seeds), samples.shape[-1]
+    drawn = vectors(
+        np.repeat(seeds, count),
+        np.tile(samples, rows) if samples.ndim == 1 else samples.reshape(-1),
+        np.repeat(word, count) if word.ndim else word,
+        size,
+        frame=np.repeat(frame, count) if np.ndim(frame) else frame,
+    )
+    return drawn.reshape(rows, count, size)
 
 
 def _philox(state: NDArray[np.uint64], seed: NDArray[np.uint64]) -> NDArray[np.uint64]:

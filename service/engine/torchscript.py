@@ -69,7 +69,7 @@ def _load(artifact: Artifact, program: str, spec: ProgramSpec, weights: Mapping[
         raise ArtifactError(f"{artifact.path}: program {program!r} has no TorchScript file; it has {sorted(spec.files) or 'none'}")
     file = artifact.file(spec.files[FORMAT])
     with _LOAD, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript as a whole (docs/decisions/torchscript.md)
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
         try:
             module: torch.jit.ScriptModule = torch.jit.load(str(file))
         except RuntimeError as exc:

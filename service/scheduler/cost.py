@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 
+_WORTH = 0.8
+"""A batch twice as large is worth its longer run if it costs at most this much per row."""
+
 
 class CostModel:
     """Seconds by (program, size). Knows nothing at first: a program never seen costs nothing."""
@@ -20,7 +23,8 @@ class CostModel:
     def observe(self, program: str, size: int, seconds: float) -> None:
         """Corrects the two buckets around `size`, in the proportion in which what was measured exceeds what was predicted.
 
-        One observation moves a bucket by at most a factor 1 + 3 · weight, so that a pause of the machine is not taken for a cost.
+        No observation counts as more than half off, so that the prediction is about the median: a run during which the machine
+        was busy elsewhere may take ten times as long, and must not make later batches small.
         """
         if size < 1:
             return
@@ -32,7 +36,7 @@ class CostModel:
         if predicted <= 0.0:
             table[upper] = seconds
             return
-        excess = min(4.0, seconds / predicted) - 1
+        excess = min(1.5, max(0.5, seconds / predicted)) - 1
         share = size / (1 << upper)
         table[upper] *= 1 + self._weight * share * excess
         if upper and share < 1.0:
@@ -61,11 +65,27 @@ class CostModel:
         low = 1 << (upper - 1)
         return table[upper - 1] + (table[upper] - table[upper - 1]) * (size - low) / low
 
-    def largest(self, program: str, seconds: float, limit: int) -> int:
-        """The largest size, 1 … limit, whose run fits into `seconds`; 1 if none does."""
+    def largest(self, program: str, seconds: float, limit: int, fixed: float = 0.0) -> int:
+        """The largest size, 1 … limit, whose run fits into `seconds`; but never so small that batching is given away.
+
+        A smaller batch than that would end sooner and yet make everybody wait longer: the same work takes more runs, each
+        nearly as long. `fixed` seconds are spent once per run, beside it.
+        """
         table = self._tables.get(program)
         if not table or table[-1] <= 0.0:
             return limit
+        return max(self._efficient(table, limit, fixed), self._fitting(table, seconds, limit))
+
+    @staticmethod
+    def _efficient(table: list[float], limit: int, fixed: float) -> int:
+        """The size from which on doubling saves less than a fifth per row."""
+        size, bucket = 1, 0
+        while 2 * size <= limit and bucket + 1 < len(table) and fixed + table[bucket + 1] < 2 * _WORTH * (fixed + table[bucket]):
+            size, bucket = 2 * size, bucket + 1
+        return size
+
+    @staticmethod
+    def _fitting(table: list[float], seconds: float, limit: int) -> int:
         if seconds >= table[-1]:
             return max(1, min(limit, int((1 << (len(table) - 1)) * min(seconds / table[-1], float(limit)))))
         for bucket in range(len(table) - 2, -1, -1):

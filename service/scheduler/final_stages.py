@@ -104,7 +104,7 @@ class FinalStages:
 
     def seconds(self, ticket: Ticket) -> float:
         """Predicted time of a job's final stages, alone."""
-        return ticket.job.rows * sum(self._cost.seconds(_PROGRAM[piece.kind], piece.samples) for piece in self._pieces(ticket))
+        return ticket.rows * sum(self._cost.seconds(_PROGRAM[piece.kind], piece.samples) for piece in self._pieces(ticket))
 
     def add(self, ticket: Ticket, rows: list[tuple[int, int]]) -> None:
         """Takes (row of the job, slot or NO_SLOT) pairs."""

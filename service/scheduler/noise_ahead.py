@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from models.artifact import Arrays, Card, ProgramSpec
 from service.engine.base import Slots
-from service.noise import Purpose, normals
+from service.noise import Purpose, normals, vectors, words
 from service.scheduler.rows import RowTable
 
 NOISE = "noise"
 _BUFFER_BYTES = 32 << 20
 _MOST_STEPS_AHEAD = 16
+KEPT_SAMPLES = 8
+"""Measuring noise of up to so many samples is kept with the row; beyond that it is drawn when it is needed."""
 
 
 class Noise:
@@ -48,51 +50,74 @@ class Noise:
 
 
 class NoiseAhead:
-    """The refining noise of the rows in a table: fresh at every step, keyed by the step's absolute index."""
+    """The noise of the rows in a table, made when they enter: refining noise, fresh at every step and keyed by the step's
+    absolute index, for the next steps; and the measuring noise, one for the whole request.
+    """
 
     def __init__(self, card: Card, rows: RowTable):
         self._rows, self._antithetic = rows, card.antithetic
-        self._levels = _noise_inputs(card.programs["step"]) if card.iterative else []
-        bytes_per_step = 4 * card.samples * sum(int(np.prod(shape)) for _, _, shape in self._levels)
+        self._step = {name: (level, shape) for name, level, shape in _noise_inputs(card.programs["step"])} if card.iterative else {}
+        self._score = {name: (level, shape) for name, level, shape in _noise_inputs(card.programs["score"])}
+        bytes_per_step = 4 * card.samples * sum(int(np.prod(shape)) for _, shape in self._step.values())
         self._ahead = int(np.clip(_BUFFER_BYTES // max(1, rows.capacity * bytes_per_step), 1, _MOST_STEPS_AHEAD))
-        self._buffers = {name: np.empty((rows.capacity, self._ahead, card.samples, *shape), np.float32) for name, _, shape in self._levels}
+        self._drawn = np.arange(0, card.samples, 2 if card.antithetic else 1)
+        self._refining = {
+            name: np.empty((rows.capacity, self._ahead, card.samples, *shape), np.float32) for name, (_, shape) in self._step.items()
+        }
+        self._measuring = {name: np.empty((rows.capacity, KEPT_SAMPLES, *shape), np.float32) for name, (_, shape) in self._score.items()}
         self._end = np.zeros(rows.capacity, np.int64)
         """Steps (of this job) for which noise was made; the last `_ahead` of them are in the buffer."""
 
     def enter(self, slots: Slots) -> None:
-        """New rows are in these slots: what was made before was for others."""
-        self._end[slots] = 0
+        """Makes noise for new rows in these slots, for their first steps and (where it is kept) for measuring."""
+        rows = self._rows
+        kept = np.where(rows.measure[slots] & (rows.samples[slots] <= KEPT_SAMPLES), rows.samples[slots], 0)
+        self._make(slots, np.zeros(len(slots), np.int64), kept)
 
-    def take(self, slots: Slots) -> dict[str, NDArray[Any]]:
+    def refining(self, slots: Slots) -> dict[str, NDArray[Any]]:
         """Noise for the next step of these rows: name -> (R, S, D)."""
-        if not self._levels:
-            return {}
         done = self._rows.done[slots]
         empty = self._end[slots] <= done
-        if np.any(empty):
-            self._make(slots[empty], done[empty])
+        if empty.any():
+            self._make(slots[empty], done[empty], np.zeros(int(np.count_nonzero(empty)), np.int64))
         place = done % self._ahead
-        return {name: self._buffers[name][slots, place] for name, _, _ in self._levels}
+        return {name: buffer[slots, place] for name, buffer in self._refining.items()}
 
-    def _make(self, slots: Slots, done: NDArray[np.int64]) -> None:
-        rows = self._rows
+    def measuring(self, slots: Slots, samples: int) -> dict[str, NDArray[Any]]:
+        """The measuring noise of rows that are measured with so many samples, at most `KEPT_SAMPLES`: name -> (R, S, D)."""
+        return {name: buffer[slots, :samples] for name, buffer in self._measuring.items()}
+
+    def _make(self, slots: Slots, done: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
+        """Noise for up to `_ahead` steps after `done`, and for `kept` measuring samples of each row, in one pass per level."""
+        rows, each = self._rows, len(self._drawn)
         counts = np.minimum(rows.target[slots] - done, self._ahead)
         self._end[slots] = done + counts
-        slot = np.repeat(slots, counts)
-        # 0, 1, …, count − 1 for each row, after one another.
-        within = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts, counts)
+        slot, within = _spread(slots, counts)
         step = np.repeat(done, counts) + within
-        for name, level, shape in self._levels:
-            buffer = self._buffers[name]
-            buffer[slot, step % self._ahead] = normals(
-                rows.seed[slot],
-                rows.first[slot] + step,
-                purpose=Purpose.REFINE,
-                samples=buffer.shape[2],
-                size=int(np.prod(shape)),
-                level=level,
-                antithetic=self._antithetic,
-            ).reshape(len(slot), *buffer.shape[2:])
+        measured, sample = _spread(slots, kept)
+        seeds = np.concatenate([np.repeat(rows.seed[slot], each), rows.seed[measured]])
+        samples = np.concatenate([np.tile(self._drawn, len(slot)), sample])
+        place, count = step % self._ahead, len(slot) * each
+        for name, (level, shape) in {**self._step, **self._score}.items():
+            word = np.empty(len(seeds), np.uint64)
+            word[:count] = np.repeat(words(rows.first[slot] + step, level=level, purpose=Purpose.REFINE), each)
+            word[count:] = words(0, level=level, purpose=Purpose.MEASURE)
+            drawn = vectors(seeds, samples, word, int(np.prod(shape)))
+            if len(measured) and name in self._measuring:
+                self._measuring[name][measured, sample] = drawn[count:].reshape(-1, *shape)
+            if len(slot) and name in self._refining:
+                buffer, fresh = self._refining[name], drawn[:count].reshape(len(slot), each, *shape)
+                if self._antithetic:
+                    buffer[slot, place, 0::2], buffer[slot, place, 1::2] = fresh, -fresh[:, : buffer.shape[2] // 2]
+                else:
+                    buffer[slot, place] = fresh
+
+
+def _spread(slots: Slots, counts: NDArray[np.int64]) -> tuple[Slots, NDArray[np.int64]]:
+    """Each slot `counts` times, and 0, 1, …, count − 1 beside it."""
+    ends = np.cumsum(counts)
+    repeated = np.repeat(slots, counts)
+    return repeated, np.arange(len(repeated)) - np.repeat(ends - counts, counts)
 
 
 def _noise_inputs(spec: ProgramSpec) -> list[tuple[str, int, tuple[int, ...]]]:

@@ -29,8 +29,8 @@ class Ticket:
     """
 
     __slots__ = (
-        "abandoned", "arrived", "batch_rows", "deadline", "future", "in_flight", "job", "left", "loop", "next_row",
-        "outcome", "predicted_s", "result", "served", "started", "tag", "weight",
+        "abandoned", "arrived", "deadline", "future", "in_flight", "job", "left", "loop", "next_row",
+        "outcome", "predicted_s", "result", "rows", "served", "started", "tag", "weight",
     )  # fmt: skip
 
     def __init__(self, job: Job, arrived: float):
@@ -38,7 +38,8 @@ class Ticket:
         self.started = math.nan
         self.deadline = math.inf
         self.predicted_s = 0.0
-        self.next_row, self.left, self.in_flight, self.batch_rows, self.weight = 0, job.rows, 0, 0, 0
+        self.rows = self.left = job.rows
+        self.next_row, self.in_flight, self.weight = 0, 0, 0
         self.tag, self.served = -math.inf, 0.0
         self.abandoned = False
         self.result: JobResult | None = None
@@ -94,11 +95,11 @@ class WaitingLine:
             """Whether rows of the ticket are still in line afterwards."""
             nonlocal free
             first = ticket.next_row
-            end = min(ticket.job.rows, first + most)
+            end = min(ticket.rows, first + most)
             if end > first:
                 chosen.append((ticket, first, end))
                 ticket.next_row, free = end, free - (end - first)
-            return end < ticket.job.rows
+            return end < ticket.rows
 
         kept: list[tuple[float, int, Ticket]] = []
         while self._urgent and free > 0:

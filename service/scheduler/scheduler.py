@@ -28,7 +28,7 @@ _LARGEST_SHARE = 4
 
 
 class Scheduler:
-    """Schedules jobs on the models it was given (docs/decisions/scheduler.md).
+    """Schedules jobs on the models it was given.
 
     Args:
         clock: monotonic seconds; deadlines of jobs are on this clock.
@@ -37,6 +37,7 @@ class Scheduler:
         tick_s: how long a tick should take at most.
         reply_s: kept free before a deadline, for the way back to the client.
         retry_after_s: least time after which a refused client should come back.
+        lane: what serves a model (benchmarks/schedule.py puts request-level batching in its place).
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class Scheduler:
         tick_s: float = 0.002,
         reply_s: float = 0.0005,
         retry_after_s: float = 0.1,
+        lane: type[StaticLane] = StaticLane,
     ):
         self._clock, self._queue_rows, self._slots, self._tick_s, self._reply_s = clock, queue_rows, slots, tick_s, reply_s
-        self._retry_after_s = retry_after_s
+        self._retry_after_s, self._lane = retry_after_s, lane
         self._lanes: dict[str, StaticLane] = {}
         self._running: list[StaticLane] = []
         """Also lanes that were removed and still have jobs. Replaced, never changed in place: two threads read it."""
@@ -99,7 +101,7 @@ class Scheduler:
 
         A model of the same key is replaced: jobs it has are finished by it. Raises whatever the engine raises when warmed up.
         """
-        lane = StaticLane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s)
+        lane = self._lane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s)
         warm_up(engine, lane.cost, self._clock, self._slots)
         with self._door:
             replaced = self._lanes.get(key)

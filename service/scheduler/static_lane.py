@@ -31,7 +31,7 @@ from service.noise import Purpose
 from service.scheduler.cost import CostModel
 from service.scheduler.final_stages import NO_SLOT, FinalStages
 from service.scheduler.job import JobResult, StepEvent, StopReason, Timing
-from service.scheduler.noise_ahead import Noise, NoiseAhead
+from service.scheduler.noise_ahead import KEPT_SAMPLES, Noise, NoiseAhead
 from service.scheduler.queue import Ticket, WaitingLine
 from service.scheduler.results import Finished, blank
 from service.scheduler.rows import CODE, REASONS, RowTable
@@ -95,6 +95,7 @@ class StaticLane:
             engine=self.engine, rows=self._rows, cost=self.cost, noise=self._noise, clock=self.clock, tick_s=self.tick_s
         )
         self._line = WaitingLine()
+        self._ones = np.ones((self.slots, *card.x.shape), np.float32)
         self._best: dict[int, _Best] = {}
         self._answered: list[Ticket] = []
         self._carry = [tensor.name for tensor in card.carry]
@@ -122,7 +123,7 @@ class StaticLane:
         together = min(job.rows, self.slots)
         start = self.cost.seconds("init", together) + self.cost.seconds("score", together * job.ask.samples)
         final = self._stages.seconds(ticket) + self.reply_s
-        at_once = self.cost.largest("step", self.tick_s, self.slots)
+        at_once = self._places(self.tick_s)
         rounds = math.ceil((self._rows.in_flight + job.rows) / at_once)
         step = rounds * self.cost.seconds("step", min(at_once, self._rows.in_flight + job.rows))
         steps = self._steps(ticket)
@@ -144,7 +145,7 @@ class StaticLane:
 
     def backlog_s(self) -> float:
         """Predicted time until what is here now is done: after that a refused client may come back."""
-        at_once = self.cost.largest("step", self.tick_s, self.slots)
+        at_once = self._places(self.tick_s)
         rows = self._rows.in_flight + self.weight_waiting
         steps = self.counts.steps / max(1, self.counts.rows_done)
         return rows / at_once * max(1.0, steps) * self.cost.seconds("step", at_once)
@@ -174,12 +175,12 @@ class StaticLane:
         self._refuse_late(started)
         self._admit(budget_s)
         self._yield_to_waiting()
-        self._refine(max(budget_s / 2, budget_s - (self.clock() - started)))
+        self._refine(budget_s)
         if self._stages:
             self._finish(self._stages.tick(max(budget_s / 2, budget_s - (self.clock() - started)), self._fail_batch))
         else:
             overhead = self.clock() - started - self._in_engine_s
-            self._overhead_s += 0.1 * (min(overhead, 1e-2) - self._overhead_s)
+            self._overhead_s += 0.1 * (min(overhead, 2 * self._overhead_s + 1e-4) - self._overhead_s)
         self.counts.rows_in_flight = self._rows.in_flight
 
     def fail_all(self, error: Exception) -> None:
@@ -192,17 +193,17 @@ class StaticLane:
     def _receive(self) -> None:
         while self.inbox:
             ticket = self.inbox.popleft()
-            if ticket.job.rows == 0:
+            if ticket.rows == 0:
                 self._answer(ticket, blank(ticket.job, self.engine.card))
             elif ticket.job.prior or ticket.job.z is not None:
                 ticket.started = self.clock()
                 if not self._stages.needed(ticket):
                     self._answer(ticket, blank(ticket.job, self.engine.card))
                 else:
-                    self._stages.add(ticket, [(row, NO_SLOT) for row in range(ticket.job.rows)])
+                    self._stages.add(ticket, [(row, NO_SLOT) for row in range(ticket.rows)])
             else:
                 self._line.add(ticket)
-                self.counts.rows_waiting += ticket.job.rows
+                self.counts.rows_waiting += ticket.rows
 
     def _admit(self, budget_s: float) -> None:
         free = len(self._rows.free)
@@ -240,7 +241,7 @@ class StaticLane:
         ticket.in_flight += count
         # What a large job was given while there was room for all is not held against it.
         ticket.tag = min(max(ticket.tag, self._virtual), self._virtual + ticket.in_flight)
-        if ticket.next_row == ticket.job.rows:
+        if ticket.next_row == ticket.rows:
             self._put_down(ticket)
 
     def _record(self, ticket: Ticket, row: int) -> tuple[Any, ...]:
@@ -285,7 +286,7 @@ class StaticLane:
             place += end - first
             if job.x is not None:
                 xs.append(job.x[first:end])
-                masks.append(np.ones_like(job.x[first:end]) if job.mask is None else job.mask[first:end])
+                masks.append(self._ones[: end - first] if job.mask is None else job.mask[first:end])
                 with_x.append(mine)
             if job.carry is not None:
                 given.append((mine, {name: value[first:end] for name, value in job.carry.items()}))
@@ -332,7 +333,7 @@ class StaticLane:
         """One step for the rows in `slots`; False if the engine failed (and the rows are gone)."""
         rows = self._rows
         try:
-            norm = self._timed("step", len(slots), slots, self._ahead.take(slots))["grad_norm"]
+            norm = self._timed("step", len(slots), slots, self._ahead.refining(slots))["grad_norm"]
         except Exception as exc:
             self._fail_slots(slots, exc)
             return False
@@ -348,18 +349,21 @@ class StaticLane:
     def _choose(self, budget_s: float) -> Slots:
         """The rows of this tick: all of them, or as many as their steps and measures fit into `budget_s`."""
         rows, active = self._rows, self._rows.active
-        places = self.cost.largest("step", budget_s, self.slots)
+        places = self._places(budget_s)
         chosen = self._in_order(places) if len(active) > places else active
-        stepping = rows.target[chosen] > rows.done[chosen]
         measured = rows.every[chosen] | (rows.measure[chosen] & (rows.done[chosen] + 1 >= rows.target[chosen]))
-        predicted = self.cost.seconds("step", int(np.count_nonzero(stepping)))
-        predicted += self.cost.seconds("score", int(rows.samples[chosen[measured]].sum()))
-        if predicted > budget_s and len(chosen) > 1:
-            chosen = self._in_order(max(1, int(len(chosen) * budget_s / predicted)))
+        score_s = self.cost.seconds("score", int(rows.samples[chosen[measured]].sum()))
+        if score_s > budget_s and len(chosen) > 1:  # measures with many samples
+            chosen = self._in_order(max(1, int(len(chosen) * budget_s / score_s)))
         if len(chosen) < len(active):
             rows.tag[chosen] += rows.charge[chosen]
             self._virtual += len(chosen) / max(1, self._jobs_in_flight)
         return chosen
+
+    def _places(self, budget_s: float) -> int:
+        """How many rows a tick of `budget_s` steps: fewer would spend it on what a tick costs however many there are."""
+        fixed = self._overhead_s + self.cost.seconds("init", 1) + self.cost.seconds("score", 1)
+        return self.cost.largest("step", budget_s, self.slots, fixed)
 
     def _in_order(self, places: int) -> Slots:
         """The first `places` rows: what only needs to be measured, then by deadline, first steps, and the fair order (see the module)."""
@@ -388,7 +392,7 @@ class StaticLane:
         deadlines = rows.deadline[active]
         if deadlines.min() == math.inf:
             return
-        places = self.cost.largest("step", self.tick_s, self.slots)
+        places = self._places(self.tick_s)
         together = min(places, len(active))
         step = math.ceil(len(active) / places) * (self.cost.seconds("step", together) + self._overhead_s)
         score = self.cost.seconds("score", int(together * rows.samples[active].mean()))
@@ -424,7 +428,10 @@ class StaticLane:
         for count in counts:
             batch = slots if len(counts) == 1 else slots[samples == count]
             try:
-                noise = self._noise.draw("score", rows.seed[batch], purpose, (0, count))
+                if purpose is Purpose.MEASURE and count <= KEPT_SAMPLES:
+                    noise = self._ahead.measuring(batch, count)
+                else:
+                    noise = self._noise.draw("score", rows.seed[batch], purpose, (0, count))
                 scores = self._timed("score", len(batch) * count, batch, noise)
             except Exception as exc:
                 self._fail_slots(batch, exc)
@@ -537,7 +544,7 @@ class StaticLane:
                 self._jobs_in_flight -= 1
             if ticket.left == 0:
                 complete.append(ticket)
-            if ticket.result is None and ticket.job.rows == 1:
+            if ticket.result is None and ticket.rows == 1:
                 ticket.result = finished.alone(i, ticket.job.ask.trace)
             else:
                 several.setdefault(id(ticket), (ticket, []))[1].append(i)
@@ -612,8 +619,8 @@ class StaticLane:
             if ticket.in_flight:
                 self._jobs_in_flight -= 1
                 ticket.in_flight = 0
-            if ticket.next_row < ticket.job.rows and not (ticket.job.prior or ticket.job.z is not None):
-                self.counts.rows_waiting -= ticket.job.rows - ticket.next_row
+            if ticket.next_row < ticket.rows and not (ticket.job.prior or ticket.job.z is not None):
+                self.counts.rows_waiting -= ticket.rows - ticket.next_row
             self._answer(ticket, error)
         over = [slot for slot, ticket in enumerate(self._rows.tickets) if ticket is not None and ticket.outcome is not None]
         if over:
