@@ -265,7 +265,12 @@ class Artifact:
 
 
 def write_card(path: Path, card: Card, signer: Signer | None = None) -> Card:
-    """Hashes the files in `path`, completes the card with them and writes it, last, so that a crash leaves no valid artifact."""
+    """Hashes the files in `path`, completes the card with them and writes it, last, so that a crash leaves no valid artifact.
+
+    Files become readable by everyone: a server seldom runs as the user who exported.
+    """
+    for file in path.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
     files = {
         str(file.relative_to(path)): FileSpec(sha256=sha256_of(file), bytes=file.stat().st_size)
         for file in sorted(path.rglob("*"))

@@ -2,8 +2,8 @@
 
     {"step": 5, "levels": [{"mu": […], "log_sigma": […], "kl": 25.7}], "carry": "…"}
 
-`mu` and `log_sigma` are float32 printed so that reading them back gives the same bits. `carry` is there when it was asked
-for and the model keeps more than λ between steps.
+`mu` and `log_sigma` are float32 printed so that reading them back gives the same bits. `carry` is there whenever the
+model keeps more than λ between steps, so that `refine` takes any reply's posterior as it is.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def beyond_lambda(card: Card) -> tuple[TensorSpec, ...]:
     return tuple(tensor for tensor in card.carry if tensor.name not in shown)
 
 
-def write_posterior(card: Card, step: int, kl: NDArray[Any], carry: Arrays, carry_for: str | None = None) -> dict[str, Any]:
+def write_posterior(card: Card, step: int, kl: NDArray[Any], carry: Arrays, sha256: str) -> dict[str, Any]:
     """The JSON object of one row.
 
     Args:
         kl: (levels,) nats.
         carry: name -> (...), without the row axis.
-        carry_for: sha256 of the artifact to which the `carry` string is bound; None leaves the string out.
+        sha256: of the artifact, to which the `carry` string is bound.
     """
     posterior: dict[str, Any] = {
         "step": step,
@@ -43,8 +43,8 @@ def write_posterior(card: Card, step: int, kl: NDArray[Any], carry: Arrays, carr
             for level, nats in zip(card.levels, kl.tolist(), strict=True)
         ],
     }
-    if carry_for is not None and (kept := beyond_lambda(card)):
-        posterior["carry"] = pack({tensor.name: carry[tensor.name] for tensor in kept}, carry_for)
+    if kept := beyond_lambda(card):
+        posterior["carry"] = pack({tensor.name: carry[tensor.name] for tensor in kept}, sha256)
     return posterior
 
 
@@ -110,7 +110,7 @@ def _carry(entry: dict[str, Any], path: str, kept: tuple[TensorSpec, ...], sha25
     if text is None:
         if needed:
             names = ", ".join(tensor.name for tensor in kept)
-            message = f'is required: this model keeps {names} between steps; ask for it with "return": ["posterior", "carry"]'
+            message = f'is required: this model keeps {names} between steps; send back the whole posterior of a reply'
             raise InvalidInput.at(f"{path}.carry", message)
         return {tensor.name: np.zeros([int(size) for size in tensor.shape[1:]], tensor.dtype) for tensor in kept}
     try:

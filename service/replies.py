@@ -27,7 +27,7 @@ def dump(content: object) -> bytes:
 
 def encode_reply(model: ServedModel, result: JobResult, seed: object, parts: Collection[str]) -> dict[str, Any]:
     results = _progress(result)
-    steps, carry_for = result.step.tolist(), model.sha256 if "carry" in parts else None
+    steps = result.step.tolist()
     if "elbo" in parts:
         columns = zip(results, result.elbo.tolist(), result.log_likelihood.tolist(), result.kl.sum(axis=1).tolist(), strict=True)
         for entry, elbo, log_likelihood, kl in columns:
@@ -35,7 +35,7 @@ def encode_reply(model: ServedModel, result: JobResult, seed: object, parts: Col
     for row, entry in enumerate(results):
         if "posterior" in parts or "carry" in parts:
             carry = {name: column[row] for name, column in result.carry.items()}
-            entry["posterior"] = write_posterior(model.card, steps[row], result.kl[row], carry, carry_for)
+            entry["posterior"] = write_posterior(model.card, steps[row], result.kl[row], carry, model.sha256)
         if "trace" in parts and result.trace is not None:
             entry["trace"] = result.trace[row]
         if "reconstruction" in parts and result.mean is not None:
@@ -76,8 +76,7 @@ def step_event(model: ServedModel, event: StepEvent, parts: Collection[str]) -> 
         "best_elbo": event.best_elbo,
     }
     if "posterior" in parts:
-        carry_for = model.sha256 if "carry" in parts else None
-        data["posterior"] = write_posterior(model.card, event.best_step, event.kl, event.carry, carry_for)
+        data["posterior"] = write_posterior(model.card, event.best_step, event.kl, event.carry, model.sha256)
     return data
 
 

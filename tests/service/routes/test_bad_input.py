@@ -163,7 +163,7 @@ def test_a_recurrent_model_is_not_refined_without_or_with_a_foreign_carry(servic
     def refine(posterior):
         return service.post("recurrent/refine", {"inputs": [ROW], "posterior": [posterior]})
 
-    assert_problem(refine(POSTERIOR), 422, "invalid_input", "keeps hidden between steps", '"return": ["posterior", "carry"]')
+    assert_problem(refine(POSTERIOR), 422, "invalid_input", "keeps hidden between steps", "the whole posterior of a reply")
     first = service.post("recurrent/encode", {"inputs": [ROW], "return": ["carry"]}).json()["results"][0]["posterior"]
     assert_problem(refine(first | {"carry": first["carry"][:-4]}), 422, "invalid_input", "posterior[0].carry", "characters")
     assert_problem(refine(first | {"carry": "!" * len(first["carry"])}), 422, "invalid_input", "base64")
