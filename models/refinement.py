@@ -44,14 +44,21 @@ def refine_once(
 
 
 def refine_seen(
-    generative: Conditional, inference: Inference, x: Tensor, mask: Tensor, context: Context, state: State, noise: Noise
+    generative: Conditional,
+    inference: Inference,
+    x: Tensor,
+    mask: Tensor,
+    context: Context,
+    state: State,
+    noise: Noise,
+    kl_weight: float | Tensor = 1.0,
 ) -> tuple[State, Tensor, Evidence]:
     """One step of every row, the norm of ∇λ L before it, (B,), and the evidence it was made from.
 
     A row of which nothing is observed keeps its state: there is no evidence to refine by. A row whose step is not
     finite keeps its state too, and its norm is NaN.
     """
-    seen = evidence(generative, state.q, x, mask, noise, errors=inference.reads_errors)
+    seen = evidence(generative, state.q, x, mask, noise, errors=inference.reads_errors, kl_weight=kl_weight)
     new = inference.step(state, context, seen)
     norm = torch.linalg.vector_norm(torch.cat([g for level in seen.grad for g in (level.mu, level.log_sigma)], -1), dim=-1)
     # 0 · v is 0 for finite v and NaN otherwise, so one sum finds any bad entry of a row

@@ -1,0 +1,233 @@
+"""One update of φ and θ on a chunk of frames, for filters.
+
+Amortized variational filtering (Marino, Cvitkovic & Yue 2018, Algorithm 1; digest: papers.md, section 3.2):
+
+    φ descends  −Σ_t (1/K) Σ_k L_t(λ_k),  each term through its own call of f only, the state held fixed;
+    θ descends  −Σ_t L_t(λ_K),            z_t drawn from sg[λ_K], back through the state over the chunk.
+
+Nothing that θ or φ is differentiated by depends on a gradient path through the chain of z. So the chain runs once,
+frame by frame, without autograd; with every z and λ then known, both gradients are taken over all frames at once: θ
+from one pass of the model over (T · B) rows, φ from one call of f on (K · T · B) rows. Same gradients as the published
+loop (tests/training/test_sequence_step.py), in a tenth of its operations.
+
+A custom-designed filter is trained as in its own papers: full back-propagation of −Σ_t L_t through time, reparameterised
+through the chain of z. Sums over rows and frames. Shapes: B rows, T frames, S samples, D latent size, X size of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.catalogue import FilterModel
+from models.filtering import init, observed, predict, read
+from models.gaussian import DiagonalGaussian
+from models.generative.filter import FilterState, Frame, Prediction
+from models.inference.base import State
+from models.objective import ElboTerms, Evidence, elbo
+from models.refinement import refine_seen
+
+Flow = dict[str, Tensor]
+"""What one frame of the chain leaves behind, by name, one row per sequence; stacked over frames, (B, T, …)."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Frames to learn from.
+
+    Attributes:
+        x, mask: (B, T, X).
+        weights: (B, T), what each frame counts for: 0 for padding after a sequence's end, and where a frame only initialises.
+        noise: (T, K + 1, B, S, D), standard normal. The first K drive the steps, the last draws z. An own filter has K = 0.
+        state: where the sequences stand before the chunk; None at their beginning.
+    """
+
+    x: Tensor
+    mask: Tensor
+    weights: Tensor
+    noise: Tensor
+    state: FilterState | None = None
+
+    @property
+    def needs_filling(self) -> bool:
+        """Whether some unobserved entry is fed on to a frame that counts. Padding is not: it comes last."""
+        later = self.weights.flip(1).cumsum(1).flip(1) - self.weights
+        return bool(((self.mask == 0).any(-1) & (later > 0)).any())
+
+
+@dataclass(frozen=True)
+class ChunkSeen:
+    """What an update saw, detached, in nats: the ELBO after 0 … K steps, (B, T, K + 1), its parts after the last, (B, T).
+
+    `state` is where the sequences stand after the chunk.
+    """
+
+    elbo: Tensor
+    log_likelihood: Tensor
+    kl: Tensor
+    state: FilterState
+
+
+ChainFrame = Callable[[FilterState, Tensor, Tensor, Tensor, Tensor], tuple[FilterState, Flow]]
+"""`chain_frame` of one model, or a compiled form of it."""
+
+
+def accumulate_sequence(model: FilterModel, chunk: Chunk, kl_weight: float | Tensor = 1.0, chain: ChainFrame | None = None) -> ChunkSeen:
+    """Adds the gradients of one update to φ and θ. `chain`: a faster form of `chain_frame`, if there is one."""
+    if not model.inference.refines:
+        return _back_through_time(model, chunk, kl_weight)
+    weight = torch.as_tensor(kl_weight, dtype=chunk.x.dtype, device=chunk.x.device)
+    state = _start(model, chunk)
+    with torch.no_grad():
+        fill = chunk.needs_filling
+        flow = run_chain(chain or (lambda *frame: chain_frame(model, *frame, fill=fill)), chunk, state, weight)
+    return _learn(model, chunk, state, flow, weight)
+
+
+def _start(model: FilterModel, chunk: Chunk) -> FilterState:
+    return model.generative.start(len(chunk.x)) if chunk.state is None else chunk.state
+
+
+def run_chain(chain: ChainFrame, chunk: Chunk, state: FilterState, kl_weight: Tensor) -> Flow:
+    """Every z, λ and ∇λ L of the chunk, (B, T, …). Runs without autograd."""
+    flows = []
+    for x, mask, noise in zip(chunk.x.unbind(1), chunk.mask.unbind(1), chunk.noise.unbind(0), strict=True):
+        state, flow = chain(state, x, mask, noise, kl_weight)
+        flows.append(flow)
+    return {name: torch.stack([flow[name] for flow in flows], 1) for name in flows[0]}
+
+
+def chain_frame(
+    model: FilterModel, state: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor, *, fill: bool
+) -> tuple[FilterState, Flow]:
+    """One frame of the chain: the state after it, and of each step (B, K, …) what f read.
+
+    Args:
+        noise: (K + 1, B, S, D).
+        fill: unobserved entries are fed on as p(x_t|z_t)'s mean; without it x is fed on as it is, and a decoder pass saved.
+    """
+    frame = predict(model.generative, state)
+    context = read(frame, model.inference, x, mask)
+    belief = init(frame, model.inference, context, mask)
+    steps: list[Flow] = []
+    for k in range(len(noise) - 1):
+        new, _, seen = refine_seen(frame, model.inference, x, mask, context, belief, (noise[k],), kl_weight)
+        steps.append(_step_flow(belief, seen))
+        belief = new
+    q = belief.q[0]
+    samples = q.rsample(noise[-1])
+    z = samples[:, 0]
+    if fill:
+        x = torch.where(mask > 0, x, frame((samples,)).mean[:, 0])
+    flow = {"x": x, "z": z, "mu": q.mu, "log_sigma": q.log_sigma}
+    flow |= {f"step.{name}": torch.stack([step[name] for step in steps], 1) for name in steps[0]}
+    return frame.transition(x, mask, belief.q, (samples,)), flow
+
+
+def _step_flow(belief: State, seen: Evidence) -> Flow:
+    flow = {"mu": belief.q[0].mu, "log_sigma": belief.q[0].log_sigma, "elbo": seen.terms.elbo}
+    flow |= {"grad_mu": seen.grad[0].mu, "grad_log_sigma": seen.grad[0].log_sigma}
+    if seen.error_x is not None and seen.error_z is not None:
+        flow |= {"error_x": seen.error_x, "error_z": seen.error_z[0]}
+    return flow | {f"memory.{name}": value for name, value in belief.memory.items()}
+
+
+def _learn(model: FilterModel, chunk: Chunk, state: FilterState, flow: Flow, kl_weight: Tensor) -> ChunkSeen:
+    """θ's gradient from all frames at once, then φ's."""
+    generative, rows = model.generative, _Rows(chunk)
+    q = DiagonalGaussian(rows.flat(flow["mu"]).requires_grad_(), rows.flat(flow["log_sigma"]).requires_grad_())
+    fixed = DiagonalGaussian(flow["mu"], flow["log_sigma"])
+    states = generative.unroll(state, flow["x"], chunk.mask, fixed, flow["z"])
+    before = {name: torch.stack([s[name] for s in states[:-1]], 1).flatten(0, 1) for name in state}
+    frame = predict(generative, before)
+    terms = elbo(frame, (q,), rows.x, rows.mask, (rows.noise,))
+    (-(rows.weights * terms.annealed(kl_weight)).sum()).backward()
+    assert q.mu.grad is not None
+    assert q.log_sigma.grad is not None
+    if any(parameter.requires_grad for parameter in model.inference.parameters()):
+        _learn_inference(model, rows, flow, generative.summary(frame.prediction.context).detach(), (q.mu.grad, q.log_sigma.grad), terms)
+    trace = torch.cat([flow["step.elbo"], rows.shaped(terms.elbo.detach()).unsqueeze(-1)], -1)
+    return _seen(trace, rows, terms, states[-1])
+
+
+def _learn_inference(model: FilterModel, rows: _Rows, flow: Flow, past: Tensor, last: tuple[Tensor, Tensor], terms: ElboTerms) -> None:
+    """φ's gradient from one call of f on every step of every frame.
+
+    What f read is fixed, and what the loss sends back into its answer λ_k is −∇λ L(λ_k)/K: known for k < K, since it is
+    what the next call read; `last` is that of λ_K, already a descent direction and weighed.
+    """
+    steps = {name.removeprefix("step."): value.flatten(0, 1) for name, value in flow.items() if name.startswith("step.")}
+    count = steps["mu"].shape[1]
+    each = {name: value.flatten(0, 1) for name, value in steps.items()}
+    memory = {name.removeprefix("memory."): value for name, value in each.items() if name.startswith("memory.")}
+    error_x, error_z = (each["error_x"], (each["error_z"],)) if "error_x" in each else (None, None)
+    belief = State((DiagonalGaussian(each["mu"], each["log_sigma"]),), memory)
+    seen = Evidence((DiagonalGaussian(each["grad_mu"], each["grad_log_sigma"]),), error_x, error_z, terms)
+    context = model.inference.context(model.generative.standardise(rows.x), rows.mask, past)
+    context = {name: value.repeat_interleave(count, 0) for name, value in context.items()}
+    answer = model.inference.step(belief, context, seen).q[0]
+    # a frame of which nothing was observed took no step: f's answer was not used
+    used = observed(rows.mask).unsqueeze(1)
+    weight = -rows.weights.reshape(-1, 1, 1)
+    signals = [
+        (torch.cat([weight * steps[name][:, 1:], final.unsqueeze(1)], 1) * used / count).flatten(0, 1)
+        for name, final in zip(("grad_mu", "grad_log_sigma"), last, strict=True)
+    ]
+    torch.autograd.backward([answer.mu, answer.log_sigma], signals)
+
+
+def _back_through_time(model: FilterModel, chunk: Chunk, kl_weight: float | Tensor) -> ChunkSeen:
+    """An own filter's update: the chain of z with autograd, then the objective of all frames at once."""
+    generative, rows, fill = model.generative, _Rows(chunk), chunk.needs_filling
+    state = _start(model, chunk)
+    predictions: list[Prediction] = []
+    answers: list[DiagonalGaussian] = []
+    for x, mask, noise in zip(chunk.x.unbind(1), chunk.mask.unbind(1), chunk.noise[:, -1].unbind(0), strict=True):
+        frame = predict(generative, state)
+        q = init(frame, model.inference, read(frame, model.inference, x, mask), mask).q
+        samples = (q[0].rsample(noise),)
+        fed = torch.where(mask > 0, x, frame(samples).mean[:, 0].detach()) if fill else x
+        state = frame.transition(fed, mask, q, samples)
+        predictions.append(frame.prediction)
+        answers.append(q[0])
+    whole = Prediction(
+        _gathered([prediction.prior for prediction in predictions]),
+        {name: torch.stack([p.context[name] for p in predictions], 1).flatten(0, 1) for name in predictions[0].context},
+    )
+    terms = elbo(Frame(generative, whole), (_gathered(answers),), rows.x, rows.mask, (rows.noise,))
+    (-(rows.weights * terms.annealed(kl_weight)).sum()).backward()
+    return _seen(rows.shaped(terms.elbo.detach()).unsqueeze(-1), rows, terms, state)
+
+
+def _gathered(gaussians: Sequence[DiagonalGaussian]) -> DiagonalGaussian:
+    """T Gaussians of (B, D) -> one of (B · T, D)."""
+    return DiagonalGaussian(
+        torch.stack([g.mu for g in gaussians], 1).flatten(0, 1), torch.stack([g.log_sigma for g in gaussians], 1).flatten(0, 1)
+    )
+
+
+class _Rows:
+    """A chunk with every frame of every sequence as a row of its own: (B, T, …) as (B · T, …)."""
+
+    def __init__(self, chunk: Chunk):
+        self._shape = chunk.weights.shape
+        self.x, self.mask, self.weights = self.flat(chunk.x), self.flat(chunk.mask), self.flat(chunk.weights)
+        self.noise = self.flat(chunk.noise[:, -1].transpose(0, 1))
+
+    def flat(self, value: Tensor) -> Tensor:
+        return value.flatten(0, 1)
+
+    def shaped(self, value: Tensor) -> Tensor:
+        return value.reshape(self._shape)
+
+
+def _seen(trace: Tensor, rows: _Rows, terms: ElboTerms, state: FilterState) -> ChunkSeen:
+    return ChunkSeen(
+        trace,
+        rows.shaped(terms.log_likelihood.detach()),
+        rows.shaped(terms.kl.sum(-1).detach()),
+        {name: value.detach() for name, value in state.items()},
+    )
