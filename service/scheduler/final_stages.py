@@ -94,7 +94,8 @@ class FinalStages:
     def needed(self, ticket: Ticket) -> bool:
         """Whether the rows of a job have anything to do here."""
         ask = ticket.job.ask
-        return bool(ask.importance_samples or ask.z or ask.mean or ask.x or self.measures(ticket))
+        weighted = ask.importance_samples and ticket.job.x is not None
+        return bool(weighted or ask.z or ask.mean or ask.x or self.measures(ticket))
 
     def measures(self, ticket: Ticket) -> bool:
         """Whether the ELBO is measured here, in pieces, because it takes more samples than a piece may have."""
@@ -151,7 +152,7 @@ class FinalStages:
         draws = max(ask.z, ask.x)
         wanted = [
             (MEASURE, ask.samples if self.measures(ticket) else 0),
-            (SCORE, ask.importance_samples),
+            (SCORE, ask.importance_samples if ticket.job.x is not None else 0),
             (MEAN, 1 if ask.mean else 0),
             (DRAW, draws),
         ]
@@ -196,7 +197,7 @@ class FinalStages:
                 continue
             del work.left[row]
             job, result = work.ticket.job, _result(work)
-            if result.log_px is not None:
+            if result.log_px is not None and job.x is not None:
                 result.log_px[row] = self._log_sum[slot] - np.log(job.ask.importance_samples)
             if slot != NO_SLOT and self.measures(work.ticket):
                 self._rows.log_likelihood[slot] = self._likelihood_sum[slot] / job.ask.samples

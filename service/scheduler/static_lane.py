@@ -4,12 +4,6 @@ A tick: forget who has gone, admit rows into free slots (`init`), `step` once fo
 need a measure now, answer the jobs that are complete, then some final stages. Rows join and leave at every tick, so a
 request for one step is not held up by a neighbour's thirty-two.
 
-When more rows are in flight than a tick holds: up to half the places go to the earliest deadlines, up to half of the others
-to rows that had no step yet, and the rest by a fair order (start-time fair queueing): a row's tag grows by what its steps
-are charged, one for a job of one row, n where n rows of a job are in flight, and a new job starts at the virtual time, which
-is what every job would have had of an equal share. So the first step comes at once, jobs share by request and not by row,
-and neither deadlines nor newcomers starve anyone. Nothing is charged while all rows fit.
-
 Rows R of one model. ELBOs in nats; times in seconds of the injected clock.
 """
 
@@ -28,10 +22,12 @@ from models.artifact import Arrays
 from service.engine.base import Engine, Slots
 from service.errors import BackendFailure, DeadlineExceeded, InvalidInput
 from service.noise import Purpose
+from service.scheduler.best_so_far import BestSoFar
 from service.scheduler.cost import CostModel
 from service.scheduler.final_stages import NO_SLOT, FinalStages
-from service.scheduler.job import JobResult, StepEvent, StopReason, Timing
+from service.scheduler.job import JobResult, StopReason, Timing
 from service.scheduler.noise_ahead import KEPT_SAMPLES, Noise, NoiseAhead
+from service.scheduler.order import FairOrder
 from service.scheduler.queue import Ticket, WaitingLine
 from service.scheduler.results import Finished, blank
 from service.scheduler.rows import CODE, REASONS, RowTable
@@ -54,16 +50,6 @@ class Counts:
     rows_waiting: int = 0
     rows_in_flight: int = 0
     batch_rows: int = 0
-
-
-@dataclass
-class _Best:
-    """Best measured so far of a row whose steps are told."""
-
-    step: int
-    elbo: float
-    carry: Arrays
-    kl: NDArray[np.float32]
 
 
 @dataclass
@@ -94,13 +80,11 @@ class StaticLane:
         self._stages = FinalStages(
             engine=self.engine, rows=self._rows, cost=self.cost, noise=self._noise, clock=self.clock, tick_s=self.tick_s
         )
-        self._line = WaitingLine()
+        self._line, self._order, self._best = WaitingLine(), FairOrder(self._rows), BestSoFar(self.engine, self._rows)
         self._ones = np.ones((self.slots, *card.x.shape), np.float32)
-        self._best: dict[int, _Best] = {}
         self._answered: list[Ticket] = []
         self._carry = [tensor.name for tensor in card.carry]
         self._init_has_noise = any(tensor.name.startswith("noise") for tensor in card.programs["init"].inputs)
-        self._jobs_in_flight, self._virtual, self._parity = 0, 0.0, 0
         self._overhead_s = 0.0
 
     # At the door, from any thread.
@@ -217,7 +201,11 @@ class StaticLane:
         tickets: list[Ticket] = []
         records: list[tuple[Any, ...]] = []
         for ticket, first, end in taken:
-            self._enter(ticket, now, end - first)
+            if first == 0:
+                ticket.started = now
+            if end == ticket.rows:
+                self._put_down(ticket)
+            self._order.enter(ticket, end - first)
             self.counts.rows_waiting -= end - first
             tickets.extend([ticket] * (end - first))
             records.extend(self._record(ticket, row) for row in range(first, end))
@@ -232,18 +220,6 @@ class StaticLane:
         if len(every):
             self._measure(every)
 
-    def _enter(self, ticket: Ticket, now: float, count: int) -> None:
-        if ticket.in_flight == 0 and ticket.next_row == count:
-            ticket.started = now
-            ticket.tag = self._virtual
-        if ticket.in_flight == 0:
-            self._jobs_in_flight += 1
-        ticket.in_flight += count
-        # What a large job was given while there was room for all is not held against it.
-        ticket.tag = min(max(ticket.tag, self._virtual), self._virtual + ticket.in_flight)
-        if ticket.next_row == ticket.rows:
-            self._put_down(ticket)
-
     def _record(self, ticket: Ticket, row: int) -> tuple[Any, ...]:
         job, budget, ask = ticket.job, ticket.job.budget, ticket.job.ask
         measurable = job.x is not None
@@ -252,7 +228,6 @@ class StaticLane:
         every = (ask.trace and measurable) or events or tolerance is not None
         steps = self._steps(ticket)
         reason = StopReason.STEPS if self.engine.card.iterative or job.x is None else StopReason.CONVERGED
-        tag, ticket.tag = ticket.tag, ticket.tag + 1
         return (
             row,
             job.seeds[row],
@@ -262,7 +237,7 @@ class StaticLane:
             max(ask.samples, TOLERANCE_SAMPLES) if tolerance is not None else ask.samples,
             ticket.deadline,
             -math.inf if tolerance is None else tolerance,
-            tag,
+            self._order.tag(ticket),
             min(job.rows, self.slots),
             budget.elastic,
             every,
@@ -289,7 +264,10 @@ class StaticLane:
                 masks.append(self._ones[: end - first] if job.mask is None else job.mask[first:end])
                 with_x.append(mine)
             if job.carry is not None:
-                given.append((mine, {name: value[first:end] for name, value in job.carry.items()}))
+                arrays = {name: value[first:end] for name, value in job.carry.items()}
+                if job.x is None:  # no `init` overwrites what the slot's last row left there
+                    arrays = {t.name: arrays.get(t.name, np.zeros((len(mine), *map(int, t.shape[1:])), t.dtype)) for t in card.carry}
+                given.append((mine, arrays))
         if xs:
             started = with_x[0] if len(with_x) == 1 else np.concatenate(with_x)
             together = len(xs) > 1
@@ -350,41 +328,19 @@ class StaticLane:
         """The rows of this tick: all of them, or as many as their steps and measures fit into `budget_s`."""
         rows, active = self._rows, self._rows.active
         places = self._places(budget_s)
-        chosen = self._in_order(places) if len(active) > places else active
+        chosen = self._order.first(places) if len(active) > places else active
         measured = rows.every[chosen] | (rows.measure[chosen] & (rows.done[chosen] + 1 >= rows.target[chosen]))
         score_s = self.cost.seconds("score", int(rows.samples[chosen[measured]].sum()))
         if score_s > budget_s and len(chosen) > 1:  # measures with many samples
-            chosen = self._in_order(max(1, int(len(chosen) * budget_s / score_s)))
+            chosen = self._order.first(max(1, int(len(chosen) * budget_s / score_s)))
         if len(chosen) < len(active):
-            rows.tag[chosen] += rows.charge[chosen]
-            self._virtual += len(chosen) / max(1, self._jobs_in_flight)
+            self._order.charge(chosen)
         return chosen
 
     def _places(self, budget_s: float) -> int:
         """How many rows a tick of `budget_s` steps: fewer would spend it on what a tick costs however many there are."""
         fixed = self._overhead_s + self.cost.seconds("init", 1) + self.cost.seconds("score", 1)
         return self.cost.largest("step", budget_s, self.slots, fixed)
-
-    def _in_order(self, places: int) -> Slots:
-        """The first `places` rows: what only needs to be measured, then by deadline, first steps, and the fair order (see the module)."""
-        rows, active = self._rows, self._rows.active
-        stepping = rows.target[active] > rows.done[active]
-        over = active[~stepping][:places]
-        left, places = active[stepping], places - len(over)
-        self._parity ^= 1  # of a single place, every other tick
-        urgent = left[:0]
-        deadlines = rows.deadline[left]
-        if deadlines.min(initial=math.inf) < math.inf:
-            count = min((places + self._parity) // 2, int(np.count_nonzero(deadlines < math.inf)))
-            order = np.argsort(deadlines, kind="stable")
-            urgent, left = left[order[:count]], left[np.sort(order[count:])]
-            places -= count
-        if places >= len(left):
-            return np.concatenate([over, urgent, left])
-        left = left[np.argsort(rows.tag[left], kind="stable")]
-        first_steps = np.flatnonzero(rows.done[left] == 0)[: (places + self._parity) // 2]
-        others = np.delete(np.arange(len(left)), first_steps)[: places - len(first_steps)]
-        return np.concatenate([over, urgent, left[first_steps], left[others]])
 
     def _stop_late(self) -> None:
         """Stops rows for which one more step, its measure and the reply would miss the deadline."""
@@ -445,24 +401,7 @@ class StaticLane:
                 rows.stop(batch[~np.isfinite(elbo)], StopReason.NONFINITE)
             told = np.flatnonzero(rows.events[batch])
             if len(told):
-                self._tell(batch[told], elbo[told], kl[told])
-
-    def _tell(self, slots: Slots, elbo: NDArray[np.float64], kl: NDArray[np.float32]) -> None:
-        """Keeps the best carry of rows whose jobs want events, and tells them."""
-        rows, carry = self._rows, self.engine.read_rows(slots, self._carry)
-        for i, slot in enumerate(slots.tolist()):
-            ticket, step, best = rows.tickets[slot], int(rows.done[slot]), self._best.get(slot)
-            if ticket is None or ticket.outcome is not None:
-                continue
-            at = int(rows.first[slot]) + step
-            if best is None or step == 0 or elbo[i] > best.elbo:
-                best = self._best[slot] = _Best(at, float(elbo[i]), {name: value[i].copy() for name, value in carry.items()}, kl[i].copy())
-            event = StepEvent(int(rows.row[slot]), at, float(elbo[i]), best.step, best.elbo, best.carry, best.kl)
-            assert ticket.job.on_step is not None
-            try:
-                ticket.job.on_step(event)
-            except Exception as exc:
-                self._fail_batch([ticket], exc)
+                self._best.tell(batch[told], elbo[told], kl[told], self._fail_batch)
 
     # Leaving.
 
@@ -482,9 +421,8 @@ class StaticLane:
 
     def _return_best(self, slots: Slots) -> None:
         """Puts the best carry back and scores it by a third stream: the value that made it the best is biased upwards."""
-        best = [self._best[slot] for slot in slots.tolist()]
         try:
-            self.engine.load_rows(slots, {name: np.stack([kept.carry[name] for kept in best]) for name in self._carry})
+            self._best.restore(slots)
         except Exception as exc:
             self._fail_slots(slots, exc)
             return
@@ -513,9 +451,9 @@ class StaticLane:
         step = rows.first[slots] + rows.done[slots]
         if self._best:
             for i, slot in enumerate(indices):
-                best = self._best.pop(slot, None)
+                best = self._best.take_step(slot)
                 if best is not None:
-                    step[i] = best.step
+                    step[i] = best
         finished = Finished(
             log_likelihood=rows.log_likelihood[slots],
             kl=rows.kl[slots],
@@ -539,9 +477,7 @@ class StaticLane:
         for i, slot in enumerate(slots):
             ticket = self._rows.ticket(slot)
             ticket.left -= 1
-            ticket.in_flight -= 1
-            if ticket.in_flight == 0:
-                self._jobs_in_flight -= 1
+            self._order.leave(ticket, 1)
             if ticket.left == 0:
                 complete.append(ticket)
             if ticket.result is None and ticket.rows == 1:
@@ -616,9 +552,7 @@ class StaticLane:
     def _end(self, tickets: list[Ticket], error: Exception) -> None:
         """Answers jobs early and takes everything of theirs out of line, slots and final stages."""
         for ticket in tickets:
-            if ticket.in_flight:
-                self._jobs_in_flight -= 1
-                ticket.in_flight = 0
+            self._order.leave(ticket, ticket.in_flight)
             if ticket.next_row < ticket.rows and not (ticket.job.prior or ticket.job.z is not None):
                 self.counts.rows_waiting -= ticket.rows - ticket.next_row
             self._answer(ticket, error)
@@ -626,8 +560,7 @@ class StaticLane:
         if over:
             self._rows.deactivate(np.array(over, np.intp))
             self._rows.release(over)
-            for slot in over:
-                self._best.pop(slot, None)
+            self._best.forget(over)
         self._line.forget_answered()
         self._stages.forget_answered()
 

@@ -25,7 +25,7 @@ def per_row(clock, seconds=0.0005, **kwargs):
 
 def is_empty(scheduler):
     lane = scheduler._running[0]
-    return not lane.has_work() and lane.weight_waiting == 0 and lane._jobs_in_flight == 0 and lane.counts.rows_waiting == 0
+    return not lane.has_work() and lane.weight_waiting == 0 and lane._order.jobs == 0 and lane.counts.rows_waiting == 0
 
 
 # Exactly once

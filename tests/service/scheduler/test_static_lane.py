@@ -199,6 +199,17 @@ def test_a_posterior_alone_can_be_decoded_without_x():
     same(JobResult(**{**vars(after), **{n: getattr(before, n) for n in ("elbo", "log_likelihood", "kl", "steps_used")}}), before)
 
 
+def test_a_slot_keeps_nothing_of_the_row_it_held_before():
+    """A posterior given without x, and without all of the carry, must not be completed with another client's."""
+    scheduler = make(slots=1)
+    run(scheduler, job(1, 9))
+    result = run(scheduler, job(1, 0, carry={"q0.mu": np.ones((1, 4), np.float32)}, z=None, ask=Ask(importance_samples=5, trace=True)))[0]
+    assert result.carry["q0.log_sigma"].tolist() == [[0.0] * 4]
+    assert np.isnan(result.log_px).all()
+    assert np.isnan(result.elbo).all()
+    assert result.trace == [[]]
+
+
 def test_a_direct_model_answers_any_steps_with_none_and_converged():
     engine = ClosedFormEngine(direct=True)
     result = run(make(engine=engine), job(2, 7, ask=Ask(samples=100, trace=True)))[0]
