@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     from training.data import cli as data
+    from training.report import cli as report
 
     data.add_parser(commands)
     train = commands.add_parser("train", help="train a run; the same command resumes it")
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--threads", type=int)
     evaluate.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
     evaluate.set_defaults(action=_evaluate)
+    report.add_parser(commands)
     export = commands.add_parser("export", help="make the artifact that the service loads")
     export.add_argument("checkpoint", type=Path)
     export.add_argument("--to", type=Path, default=Path("checkpoints"), help="model repository (default checkpoints)")
@@ -105,8 +107,9 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from training.data.errors import DataError
     from training.export import ExportError
     from training.loop import TrainingFailed
+    from training.report.subject import ReportError
 
-    return (CheckpointError, DataError, ExportError, TrainingFailed, FileExistsError)
+    return (CheckpointError, DataError, ExportError, ReportError, TrainingFailed, FileExistsError)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""`elbow-train report CHECKPOINT`: the figures as PNG, one HTML page, and the numbers as JSON."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `report` to the command line of `elbow-train`."""
+    parser = subparsers.add_parser("report", help="draw the figures of an iterative model: PNG, one HTML page, report.json")
+    parser.add_argument("checkpoint", type=Path, help="folder of an iterative checkpoint, or of its run")
+    parser.add_argument("--landscape", type=Path, metavar="CHECKPOINT", help="an iterative model with z = 2 (run mnist-landscape)")
+    parser.add_argument("--direct", type=Path, metavar="CHECKPOINT", help="a direct model of the same data, to compare with")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to write (default: report/ in CHECKPOINT)")
+    parser.add_argument("--rows", type=int, default=500, help="validation rows of the race against optimisers (default 500)")
+    parser.add_argument("--digit", type=int, default=0, metavar="ROW", help="validation row of the landscape (default 0)")
+    parser.add_argument("--optimum", action="store_true", help="also search each row's optimum, a dotted line (minutes)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
+    parser.set_defaults(action=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit status. Raises what `training.__main__` reports in one line: CheckpointError, DataError, ReportError."""
+    import torch
+
+    from training.report.make import Effort, Report
+    from training.report.race import RaceEffort
+    from training.report.subject import ReportError
+
+    if args.rows < 1 or args.digit < 0:
+        raise ReportError(f"--rows {args.rows}, --digit {args.digit}: at least one row, and no negative digit")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    effort = Effort(RaceEffort(rows=args.rows, with_optimum=args.optimum), landscape_row=args.digit)
+    folder = args.to or args.checkpoint / "report"
+    print(Report(args.checkpoint, folder, z2=args.landscape, direct=args.direct, effort=effort, data_root=args.data).write())
+    return 0

@@ -1,0 +1,118 @@
+"""What a report is about: a checkpoint with its training log, and the validation rows it is measured on.
+
+Shapes: B rows, X size of x.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.catalogue import LatentModel
+from training.checkpoint import load_weights
+from training.config import RunConfig
+from training.data.binarise import observe
+from training.data.images import Images
+from training.evaluate import BINARISE_SEED
+
+LOG = "log.jsonl"
+
+
+class ReportError(Exception):
+    """A figure was asked of a checkpoint that cannot give it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint. `log` holds one entry an epoch, empty where the checkpoint came without its log."""
+
+    folder: Path
+    model: LatentModel
+    run: RunConfig
+    facts: dict[str, Any]
+    log: list[dict[str, Any]]
+
+    @staticmethod
+    def load(folder: Path) -> Subject:
+        """Raises CheckpointError if there is no checkpoint in the folder."""
+        model, run, facts = load_weights(folder)
+        return Subject(folder, model, run, facts, read_log(folder))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a caption needs to say where a figure came from."""
+        return {
+            "name": self.run.name,
+            "epoch": self.facts.get("epoch"),
+            "epochs_planned": self.run.epochs,
+            "trained_steps": self.run.refinement.steps,
+            "samples": self.run.refinement.samples,
+            "antithetic": self.run.refinement.antithetic,
+            "data": self.run.data.name,
+            "data_sha256": self.facts.get("data_sha256"),
+        }
+
+    def __str__(self) -> str:
+        return f"{self.run.name}, epoch {self.facts.get('epoch', '?')} of {self.run.epochs}"
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The log of the run: beside the weights (as shipped), or one folder up (in a run's folder). Empty if there is none.
+
+    A line cut short by a kill is left out; of an epoch that was logged twice the later line counts.
+    """
+    for candidate in (folder / LOG, folder.parent / LOG):
+        if candidate.exists():
+            break
+    else:
+        return []
+    entries: dict[int, dict[str, Any]] = {}
+    for line in candidate.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        entries[entry["epoch"]] = entry
+    return [entries[epoch] for epoch in sorted(entries)]
+
+
+def validation_rows(images: Images, count: int, device: torch.device) -> Tensor:
+    """The first `count` validation rows as x (B, X): binarised with the seed of `elbow-train evaluate`, so they are the same rows."""
+    pixels = torch.as_tensor(images.valid[:count]).to(device)
+    return observe(pixels, images.kind, torch.Generator(device).manual_seed(BINARISE_SEED))
+
+
+def one_row_per_class(images: Images, count: int) -> list[int]:
+    """Indices of validation rows to show: the first of each class, in the order of the classes; without labels the first `count`."""
+    if images.valid_labels is None:
+        return list(range(min(count, len(images.valid))))
+    _, first = np.unique(images.valid_labels, return_index=True)
+    return [int(row) for row in first[:count]]
+
+
+def made_by() -> dict[str, Any]:
+    """When, by which code and how: UTC date, commit of this code (with + if files had changed), torch version, CPU threads."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    changed = bool(commit) and bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/models", ":/training"))
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": (commit + ("+" if changed else "")) or "unknown",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    try:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        return ""
