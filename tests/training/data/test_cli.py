@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from training.data import cli
+from training.data.catalogue import CATALOGUE
 from training.data.errors import DataError
+from training.data.sequence_catalogue import SEQUENCES
 
+CHORALES = Path(__file__).resolve().parents[2] / "data/chorales_sample.npz"
 SAMPLE = Path(__file__).resolve().parents[2] / "data/mnist_sample.npz"
 
 
@@ -35,10 +38,12 @@ def test_the_list_names_every_set_and_says_how_to_get_the_missing_ones(capsys: p
     write_mnist(tmp_path)
     assert run() == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert set(lines) == {"name", "mnist", "binarized_mnist", "fashion_mnist", "omniglot"}
+    assert set(lines) == {"name", *CATALOGUE, *SEQUENCES}
     assert "differs" in lines["mnist"]
     assert str(tmp_path / "mnist/mnist.npz") in lines["mnist"]
     assert "missing: elbow-train data fetch omniglot" in lines["omniglot"]
+    assert "missing: elbow-train data fetch jsb" in lines["jsb"]
+    assert "no checked download is known" in lines["fsdd"]
 
 
 def test_check_reads_a_set_and_fails_where_it_is_not_the_published_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -52,6 +57,18 @@ def test_check_reads_a_set_and_fails_where_it_is_not_the_published_one(capsys: p
 def test_check_takes_an_archive_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", f"npz:{SAMPLE}") == 0
     assert "256 training and 64 validation images" in capsys.readouterr().out
+
+
+def test_check_describes_sequences_with_the_nats_of_independent_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", f"rolls:{CHORALES}") == 0
+    out = capsys.readouterr().out
+    assert "train: 12 sequences" in out
+    assert "nats per frame" in out
+
+
+def test_check_describes_audio_by_its_mean_and_std(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", f"audio:{CHORALES.parent / 'digits'}") == 0
+    assert "200 samples of mono PCM at 8000 Hz" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [("check", "mnist"), ("check", "cifar"), ("fetch", "cifar")])

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data.catalogue import Dataset, Source
+from training.data.catalogue import Dataset
 from training.data.errors import DataError
 from training.data.fetch import fetch
 from training.data.files import DataFile
+from training.data.sources import Source
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
