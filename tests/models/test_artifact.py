@@ -104,7 +104,7 @@ def test_a_card_that_is_not_json_is_refused(content: bytes, folder: Path) -> Non
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_an_unknown_format_version_is_refused(version: object, folder: Path) -> None:
     rewrite(folder, lambda values: values.update(format_version=version))
-    with pytest.raises(ArtifactError, match="format version .* is unknown: this Elbow reads version 1"):
+    with pytest.raises(ArtifactError, match=r"format version .* is unknown: this Elbow reads version 1"):
         Artifact.open(folder)
 
 
