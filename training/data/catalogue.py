@@ -1,4 +1,5 @@
-"""Name -> data set: its files, how they are read and split, what is known about them. The only file that knows every set.
+"""Name -> data set: its files, how they are read and split, what is known about them. The only file that knows every
+set of still images (`sequence_catalogue.py` is its twin).
 
 Besides the names in `CATALOGUE`, `load` takes `folder:PATH` (any folder of PNG and JPEG images) and `npz:PATH` (arrays
 `train` and `valid` in one archive). Test splits are never read: where a file holds one, its array stays untouched.
@@ -7,33 +8,20 @@ Besides the names in `CATALOGUE`, `load` takes `folder:PATH` (any folder of PNG 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from training.data.errors import DataError
-from training.data.files import ENVIRONMENT, DataFile, fingerprint, locate, roots
+from training.data.files import DataFile, fingerprint
 from training.data.images import Images, Kind, Split, hold_out_last, hold_out_tenth
 from training.data.readers.amat import read_amat
 from training.data.readers.folder import read_folder
 from training.data.readers.idx import read_idx_split
 from training.data.readers.npz import image_shape, read_npz_split
 from training.data.readers.omniglot import read_omniglot_zip
+from training.data.sources import Found, Source, find_source
 
-Paths = Mapping[str, Path]
 TrainValid = tuple[Split, Split]
-
-
-@dataclass(frozen=True)
-class Source:
-    """One form in which a set may lie in `<root>/<set>/`: its files, and how to read and split them."""
-
-    files: tuple[DataFile, ...]
-    read: Callable[[Paths], TrainValid]
-
-    @property
-    def fetchable(self) -> bool:
-        return all(file.urls for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -45,31 +33,13 @@ class Dataset:
     train: int
     valid: int
     licence: str
-    sources: tuple[Source, ...]
+    sources: tuple[Source[TrainValid], ...]
     note: str = ""
     shape: tuple[int, int] = (28, 28)
 
-
-@dataclass(frozen=True)
-class Found:
-    """A data set on this machine. `paths` are in the order of `source.files`, absent optional files left out."""
-
-    dataset: Dataset
-    source: Source
-    paths: tuple[Path, ...]
-
     @property
-    def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.paths)
-
-    def altered(self) -> list[Path]:
-        """The files that are not the published ones: re-made or damaged. Reads every byte."""
-        files = {file.name: file for file in self.source.files}
-        return [path for path in self.paths if not files[path.name].is_original(path)]
-
-    def read(self) -> Images:
-        splits = self.source.read({path.name: path for path in self.paths})
-        return _images(self.dataset.name, self.dataset.kind, self.dataset.shape, splits, fingerprint(self.paths))
+    def folder(self) -> str:
+        return self.name
 
 
 def load(name: str, root: str | os.PathLike[str] | None = None, *, shape: tuple[int, int] = (28, 28)) -> Images:
@@ -89,28 +59,18 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, shape: tuple[
         return _images(name, "grey", shape, hold_out_tenth(rows), sha256)
     if scheme == "npz" and path:
         return _load_npz(name, Path(path).expanduser())
-    return find(name, root).read()
+    dataset, found = lookup(name), find(name, root)
+    return _images(name, dataset.kind, dataset.shape, found.read(), found.sha256)
 
 
-def find(name: str, root: str | os.PathLike[str] | None = None) -> Found:
+def find(name: str, root: str | os.PathLike[str] | None = None) -> Found[TrainValid]:
     """The first complete source of a catalogued set, root by root.
 
     Raises:
         DataError: unknown, or not on this machine.
     """
     dataset = lookup(name)
-    searched = roots(root)
-    for folder in searched:
-        for source in dataset.sources:
-            paths = locate(name, source.files, folder)
-            if paths is not None:
-                return Found(dataset, source, paths)
-    wanted = " or ".join("+".join(file.name for file in source.files if not file.optional) for source in dataset.sources)
-    places = ", ".join(str(folder / name) for folder in searched)
-    raise DataError(
-        f"{name}: no {wanted} in {places}. `elbow-train data fetch {name}` downloads it; "
-        f"or set {ENVIRONMENT} to the folder that holds {name}/."
-    )
+    return find_source(dataset, dataset.sources, root)
 
 
 def lookup(name: str) -> Dataset:
@@ -132,7 +92,7 @@ def _load_npz(name: str, path: Path) -> Images:
     return _images(name, kind, image_shape(path, "train"), (train, valid), fingerprint([path]))
 
 
-def _idx(base_urls: tuple[str, ...], images: DataFile, labels: DataFile) -> Source:
+def _idx(base_urls: tuple[str, ...], images: DataFile, labels: DataFile) -> Source[TrainValid]:
     """The two training files of a set in MNIST's original format; the last 5,000 images are for validation."""
     return Source(
         files=tuple(_with_urls(file, base_urls) for file in (images, labels)),
@@ -145,7 +105,7 @@ def _with_urls(file: DataFile, base_urls: tuple[str, ...]) -> DataFile:
     return DataFile(file.name, file.sha256, file.content_sha256, file.bytes, urls, file.optional)
 
 
-def _npz(file: DataFile) -> Source:
+def _npz(file: DataFile) -> Source[TrainValid]:
     """A set of 60,000 training images as one archive of arrays x_train, y_train; the last 5,000 are for validation."""
     return Source((file,), lambda paths: hold_out_last(read_npz_split(paths[file.name], "x_train", "y_train"), 5_000))
 

@@ -6,12 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from training.data.catalogue import CATALOGUE, Dataset, find, load, lookup
+from training.data.baselines import marginal_bernoulli
+from training.data.catalogue import CATALOGUE, load, lookup
 from training.data.errors import DataError
 from training.data.fetch import fetch
 from training.data.files import ENVIRONMENT, roots
+from training.data.sequence_catalogue import SCHEMES, SEQUENCES, load_sequences
+from training.data.sources import Entry, find_source
 
-COLUMNS = "{:<16} {:>15} {:>9} {:<9} {:<39} {}"
+COLUMNS = "{:<16} {:>24} {:>9} {:<9} {:<39} {}"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,10 +26,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     actions = parser.add_subparsers(dest="action", metavar="{fetch,check}")
     fetching = actions.add_parser("fetch", help="download a public set, with checksum; continues a partial download")
-    fetching.add_argument("name", help=", ".join(CATALOGUE))
+    fetching.add_argument("name", help=", ".join([*CATALOGUE, *SEQUENCES]))
     fetching.add_argument("--to", type=Path, metavar="DIR", help=f"root to put it in (default: the first of {ENVIRONMENT}, else ./data)")
     checking = actions.add_parser("check", help="read a set and compare its files with the published checksums")
-    checking.add_argument("name", help=f"{', '.join(CATALOGUE)}, folder:PATH or npz:PATH")
+    checking.add_argument("name", help=f"{', '.join([*CATALOGUE, *SEQUENCES])}, folder:PATH, npz:PATH, {SCHEMES}")
     parser.set_defaults(run=run)
 
 
@@ -46,39 +49,69 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list() -> None:
-    print(COLUMNS.format("name", "train + valid", "MB", "checksum", "licence", "where"))
-    for dataset in CATALOGUE.values():
-        megabytes, checksum, where = _state(dataset)
-        rows = f"{dataset.train:,} + {dataset.valid:,}"
-        print(COLUMNS.format(dataset.name, rows, megabytes, checksum, dataset.licence, where))
+    for title, catalogue in (("images: train + valid", CATALOGUE), ("sequences: train + valid", SEQUENCES)):
+        rows: dict[str, Entry] = dict(catalogue)
+        print(COLUMNS.format("name", title, "MB", "checksum", "licence", "where"))
+        for entry in rows.values():
+            megabytes, checksum, where = _state(entry)
+            print(COLUMNS.format(entry.name, f"{entry.train:,} + {entry.valid:,}", megabytes, checksum, entry.licence, where))
 
 
-def _state(dataset: Dataset) -> tuple[str, str, str]:
+def _state(entry: Entry) -> tuple[str, str, str]:
     """(size in MB, checksum, where) of a set, found or not."""
     try:
-        found = find(dataset.name)
+        found = find_source(entry, entry.sources)
     except DataError:
-        return "-", "-", f"missing: elbow-train data fetch {dataset.name}"
+        fetchable = any(source.fetchable for source in entry.sources)
+        return "-", "-", f"missing: elbow-train data fetch {entry.name}" if fetchable else "missing, and no checked download is known"
     checksum = "differs" if found.altered() else "ok"
     return f"{found.bytes / 1e6:.1f}", checksum, ", ".join(str(path) for path in found.paths)
 
 
+def _entry(name: str) -> Entry:
+    """The row of either catalogue."""
+    return SEQUENCES[name] if name in SEQUENCES else lookup(name)
+
+
 def _fetch(name: str, folder: Path) -> None:
-    for path in fetch(lookup(name), folder):
+    for path in fetch(_entry(name), folder):
         print(path)
     if folder.resolve() not in {root.resolve() for root in roots()}:
         print(f"To use it: export {ENVIRONMENT}={folder}")
 
 
 def _check(name: str) -> int:
+    if name in SEQUENCES or name.partition(":")[0] in ("rolls", "audio", "midi"):
+        _describe_sequences(name)
+    else:
+        _describe_images(name)
+    return _compare_checksums(name) if name in SEQUENCES or name in CATALOGUE else 0
+
+
+def _describe_images(name: str) -> None:
     images = load(name)
     print(f"{name}: {len(images.train):,} training and {len(images.valid):,} validation images of {images.shape[0]} x {images.shape[1]}")
     print(f"kind {images.kind}, labels {'no' if images.train_labels is None else 'yes'}, sha256 {images.sha256}")
-    if name not in CATALOGUE:
-        return 0
-    found = find(name)
-    if found.dataset.note:
-        print(found.dataset.note)
+
+
+def _describe_sequences(name: str) -> None:
+    sequences = load_sequences(name)
+    for split, part in sequences.splits.items():
+        shortest, longest = part.lengths.min(), part.lengths.max()
+        print(f"{name} {split}: {len(part):,} sequences, {part.frames:,} frames, {shortest:,} to {longest:,} each")
+    print(f"kind {sequences.kind}, frame: {sequences.description}, sha256 {sequences.sha256}")
+    if sequences.kind == "binary":
+        baseline = marginal_bernoulli(sequences.train, sequences.valid)
+        print(f"independent notes, on validation: {baseline.frame:.4f} nats per frame, {baseline.sequence:.4f} by sequence")
+    else:
+        print(f"training mean {sequences.mean:.6f}, std {sequences.std:.6f}")
+
+
+def _compare_checksums(name: str) -> int:
+    entry = _entry(name)
+    found = find_source(entry, entry.sources)
+    if entry.note:
+        print(entry.note)
     altered = found.altered()
     for path in found.paths:
         print(f"{path}: {'readable, but not the published file' if path in altered else 'checksum ok'}")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 from tqdm import tqdm
 
-from training.data.catalogue import Dataset, Source
 from training.data.errors import DataError
 from training.data.files import ENVIRONMENT, DataFile
+from training.data.sources import Entry, Source
 
 TIMEOUT_S = 30.0
 
 
-def fetch(dataset: Dataset, folder: Path) -> list[Path]:
-    """Puts every file of the set's first downloadable source into `<folder>/<set>/`; what is there and right is kept.
+def fetch(dataset: Entry, folder: Path) -> list[Path]:
+    """Puts every file of the set's first downloadable source into `<folder>/<its folder>/`; what is there and right is kept.
 
     Args:
         dataset: a row of the catalogue.
@@ -26,7 +27,7 @@ def fetch(dataset: Dataset, folder: Path) -> list[Path]:
         DataError: nothing to download, no mirror reachable, the folder cannot be written, or a wrong checksum.
     """
     source = _downloadable(dataset)
-    target = folder / dataset.name
+    target = folder / dataset.folder
     try:
         target.mkdir(parents=True, exist_ok=True)
         with httpx.Client(follow_redirects=True, timeout=TIMEOUT_S) as client:
@@ -57,7 +58,7 @@ def fetch_file(file: DataFile, path: Path, client: httpx.Client) -> Path:
     )
 
 
-def _downloadable(dataset: Dataset) -> Source:
+def _downloadable(dataset: Entry) -> Source[Any]:
     for source in dataset.sources:
         if source.fetchable:
             return source

@@ -69,6 +69,15 @@ def fingerprint(paths: Iterable[Path]) -> str:
     return hashlib.sha256("".join(f"{digest}  {name}\n" for digest, name in digests).encode()).hexdigest()
 
 
+def fingerprint_tree(folder: Path, paths: Iterable[Path]) -> str:
+    """The sha256 over the paths relative to `folder` and the contents of files below it, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def _sha256_of_content(path: Path) -> str | None:
     digest = hashlib.sha256()
     try:

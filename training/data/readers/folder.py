@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from training.data.errors import DataError
+from training.data.files import fingerprint_tree
 from training.data.images import Bytes, Split
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -28,11 +28,7 @@ def read_folder(folder: Path, shape: tuple[int, int]) -> tuple[Split, str]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise DataError(f"{folder}: no {', '.join(SUFFIXES)} files in it")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return Split(np.stack([_read_grey(path, shape).reshape(-1) for path in files])), digest.hexdigest()
+    return Split(np.stack([_read_grey(path, shape).reshape(-1) for path in files])), fingerprint_tree(folder, files)
 
 
 def _read_grey(path: Path, shape: tuple[int, int]) -> Bytes:

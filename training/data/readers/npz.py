@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +23,35 @@ def read_npz_split(path: Path, images: str, labels: str | None = None) -> Split:
     Raises:
         DataError: not an .npz file, damaged, or without `images`.
     """
-    arrays = _read(path, images, *([labels] if labels else []))
+    arrays = read_arrays(path, images, optional=[labels] if labels else [])
     return Split(_as_rows(arrays[images], path, images), arrays.get(labels) if labels else None)
 
 
 def image_shape(path: Path, images: str) -> tuple[int, int]:
     """(height, width) of the images in an archive: from the array (N, height, width), or a square for rows (N, X)."""
-    shape = _read(path, images)[images].shape
+    shape = read_arrays(path, images)[images].shape
     if len(shape) == 3:
         return int(shape[1]), int(shape[2])
     side = math.isqrt(shape[1])
     return (side, side) if side * side == shape[1] else (1, int(shape[1]))
 
 
-def _read(path: Path, required: str, *optional: str) -> dict[str, NDArray[Any]]:
-    """The named arrays, those of `optional` where they are there; no other array is decompressed."""
+def read_arrays(path: Path, *required: str, optional: Iterable[str] = ()) -> dict[str, NDArray[Any]]:
+    """The named arrays, those of `optional` where they are there; no other array is decompressed.
+
+    Raises:
+        DataError: not an .npz file, damaged, or without one of `required`.
+    """
     try:
         # numpy leaves a file that it opened itself open when it turns out not to be a zip archive
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, NpzFile):
                 raise DataError(f"{path}: a single array, not an .npz archive")
-            if required not in archive:
-                raise DataError(f"{path}: no array {required!r}, only {', '.join(archive.files) or 'nothing'}")
-            return {name: archive[name] for name in (required, *optional) if name in archive}
+            for name in required:
+                if name not in archive:
+                    raise DataError(f"{path}: no array {name!r}, only {', '.join(archive.files) or 'nothing'}")
+            return {name: archive[name] for name in (*required, *optional) if name in archive}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
         raise DataError(f"{path}: not a readable .npz archive of plain arrays: {exc}") from exc
 
