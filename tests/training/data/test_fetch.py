@@ -18,6 +18,7 @@ from training.data.catalogue import Dataset
 from training.data.errors import DataError
 from training.data.fetch import fetch
 from training.data.files import DataFile
+from training.data.sequence_catalogue import SequenceSet
 from training.data.sources import Source
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -83,6 +84,12 @@ def test_a_file_is_downloaded_and_put_in_place(mirror: Mirror, tmp_path: Path) -
     assert path == tmp_path / "some/file.bin"
     assert path.read_bytes() == CONTENT
     assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
+
+
+def test_a_set_of_sequences_is_put_in_the_folder_it_is_read_from(mirror: Mirror, tmp_path: Path) -> None:
+    image_set = dataset(mirror.url)
+    sequences = SequenceSet("some", "binary", "music", train=1, valid=1, licence="", sources=image_set.sources)  # type: ignore[arg-type]
+    assert fetch(sequences, tmp_path) == [tmp_path / "music/file.bin"]
 
 
 def test_a_file_that_is_there_and_right_is_not_downloaded_again(mirror: Mirror, tmp_path: Path) -> None:

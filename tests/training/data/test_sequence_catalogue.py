@@ -149,3 +149,17 @@ def test_the_real_files_have_the_known_counts_and_baselines(name: str) -> None:
         found = marginal_bernoulli(sequences.train, sequences.valid)
         assert (found.frame, found.sequence) == pytest.approx(baseline, abs=5e-5)
     assert not find_sequences(name, root).altered()
+
+
+@pytest.mark.parametrize("file", ["JSB_Chorales.mat", "jsb-chorales-quarter.pkl"])
+def test_the_original_files_of_the_chorales_give_the_rolls_of_the_archive(tmp_path: Path, file: str) -> None:
+    root = next((root for root in REAL if (root / "raw" / file).is_file() and (root / "music").is_dir()), None)
+    if root is None:
+        pytest.skip(f"raw/{file} is not under ELBOW_DATA")
+    (tmp_path / "music").mkdir()
+    (tmp_path / "music" / file).symlink_to((root / "raw" / file).resolve())
+    original, archive = load_sequences("jsb", tmp_path), load_sequences("jsb", root)
+    assert not find_sequences("jsb", tmp_path).altered()
+    for split, part in archive.splits.items():
+        np.testing.assert_array_equal(original.splits[split].joined, part.joined)
+        np.testing.assert_array_equal(original.splits[split].lengths, part.lengths)
