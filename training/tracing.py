@@ -96,6 +96,8 @@ def to_torchscript(graph: fx.GraphModule, used: list[str]) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        # about fx.GraphModule's own attributes
+        warnings.filterwarnings("ignore", "The TorchScript type system", UserWarning)
         torch.jit.save(torch.jit.script(module), buffer)
     return buffer.getvalue()
 
