@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from models.artifact import Arrays
 from service.engine.base import Engine, Slots
 from service.errors import BackendFailure, DeadlineExceeded, InvalidInput
-from service.noise import Purpose
+from service.noise import MAX_STEP, Purpose
 from service.scheduler.best_so_far import BestSoFar
 from service.scheduler.cost import CostModel
 from service.scheduler.final_stages import NO_SLOT, FinalStages
-from service.scheduler.job import JobResult, StopReason, Timing
+from service.scheduler.job import Job, JobResult, StopReason, Timing
 from service.scheduler.noise_ahead import KEPT_SAMPLES, Noise, NoiseAhead
 from service.scheduler.order import FairOrder
 from service.scheduler.queue import Ticket, WaitingLine
@@ -93,17 +93,11 @@ class StaticLane:
         """Checks that the job fits the model and can be done in time, and predicts how long it takes.
 
         Raises:
-            InvalidInput: more steps than the card allows, or arrays of the wrong shape.
+            InvalidInput: more steps than the card or the noise allows, or arrays of the wrong shape.
             DeadlineExceeded: not even what must be done fits before the deadline.
         """
-        job, card = ticket.job, self.engine.card
-        budget = job.budget
-        if not 0 <= budget.steps <= card.max_steps and card.iterative:
-            raise InvalidInput.at("steps", f"must be between 0 and {card.max_steps}, got {budget.steps}")
-        expected = {"x": card.x.shape, "mask": card.x.shape, **{tensor.name: tensor.shape[1:] for tensor in card.carry}}
-        for name, value in (("x", job.x), ("mask", job.mask), *(job.carry or {}).items()):
-            if value is not None and value.shape != (job.rows, *expected.get(name, ())):
-                raise InvalidInput.at(name, f"must have shape {(job.rows, *expected.get(name, ()))}, got {value.shape}")
+        job, budget = ticket.job, ticket.job.budget
+        self._check(job)
         together = min(job.rows, self.slots)
         start = self.cost.seconds("init", together) + self.cost.seconds("score", together * job.ask.samples)
         final = self._stages.seconds(ticket) + self.reply_s
@@ -121,6 +115,27 @@ class StaticLane:
             raise DeadlineExceeded(
                 f"{what} would take {1e3 * (needed + final):.1f} ms, the deadline leaves {1e3 * (budget.deadline - now):.1f} ms"
             )
+
+    def _check(self, job: Job) -> None:
+        """What must hold so that no job can spoil the batch of another."""
+        card, rows = self.engine.card, job.rows
+        if card.iterative and not 0 <= job.budget.steps <= card.max_steps:
+            raise InvalidInput.at("steps", f"must be between 0 and {card.max_steps}, got {job.budget.steps}")
+        if job.ask.samples < 1:
+            raise InvalidInput.at("samples", f"must be at least 1, got {job.ask.samples}")
+        if job.first_step is not None:
+            last = int(np.max(job.first_step, initial=0)) + job.budget.steps
+            if np.min(job.first_step, initial=0) < 0 or last > MAX_STEP:
+                raise InvalidInput.at("posterior.step", f"must be at least 0, and at most {MAX_STEP} after all steps")
+        shapes = {"x": card.x.shape, "mask": card.x.shape, **{tensor.name: tensor.shape[1:] for tensor in card.carry}}
+        given = [("x", job.x), ("mask", job.mask), *(job.carry or {}).items()]
+        if job.z is not None:
+            shapes = {level.name: (level.size,) for level in card.levels}
+            given = [(name, job.z.get(name, np.empty(0))) for name in shapes]
+        for name, value in given:
+            expected = (rows, *shapes[name]) if name in shapes else None
+            if value is not None and value.shape != expected:
+                raise InvalidInput.at(name, f"must have shape {expected}, got {value.shape}" if expected else "is not in the model's carry")
 
     @property
     def weight_waiting(self) -> int:
@@ -210,8 +225,8 @@ class StaticLane:
             tickets.extend([ticket] * (end - first))
             records.extend(self._record(ticket, row) for row in range(first, end))
         slots = self._rows.enter(tickets, records)
-        self._ahead.enter(slots)
         try:
+            self._ahead.enter(slots)
             self._load(slots, taken)
         except Exception as exc:
             self._fail_batch([ticket for ticket, _, _ in taken], exc)

@@ -302,6 +302,30 @@ def test_a_cancelled_waiter_frees_its_rows():
     asyncio.run(main())
 
 
+def test_cancelling_at_any_moment_beside_the_engine_thread_leaves_nothing_behind():
+    async def main():
+        rng = np.random.default_rng(0)
+        scheduler = Scheduler(slots=32)
+        scheduler.add_model("m", ClosedFormEngine())
+        scheduler.start()
+        tasks = [asyncio.create_task(scheduler.submit(job(1 + i % 4, i % 9, seed=i, ask=ASKS[i % len(ASKS)]))) for i in range(300)]
+        for task in rng.permutation(np.array(tasks, object)):
+            await asyncio.sleep(0)
+            if rng.random() < 0.4:
+                task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        empty = await scheduler.submit(job(32, 2))
+        counts = scheduler.stats()["m"]
+        await scheduler.stop(1.0)
+        return outcomes, empty, counts
+
+    outcomes, last, counts = asyncio.run(main())
+    assert all(isinstance(outcome, JobResult | asyncio.CancelledError) for outcome in outcomes)
+    assert last.steps_used.tolist() == [2] * 32
+    assert counts.jobs_done + counts.jobs_abandoned == 301
+    assert counts.rows_waiting == counts.jobs_failed == 0
+
+
 def test_stop_answers_everyone_within_its_grace():
     async def main():
         scheduler = Scheduler()

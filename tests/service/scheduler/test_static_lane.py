@@ -233,11 +233,24 @@ def test_no_rows_are_answered_with_nothing():
     assert result.elbo.shape == (0,)
 
 
-def test_steps_outside_the_card_and_foreign_shapes_are_refused_at_the_door():
-    scheduler = make()
-    for wrong in (job(1, 129), job(1, -1), job(1, 1, x=np.zeros((1, 3), np.float32)), job(2, 1, carry={"q0.mu": np.zeros((1, 4))})):
-        with pytest.raises(InvalidInput):
-            scheduler.enqueue(wrong)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        job(1, 129),
+        job(1, -1),
+        job(1, 1, ask=Ask(samples=0)),
+        job(1, 1, x=np.zeros((1, 3), np.float32)),
+        job(2, 1, carry={"q0.mu": np.zeros((1, 4), np.float32)}),
+        job(1, 1, carry={"other": np.zeros((1, 4), np.float32)}),
+        job(1, 5, first_step=np.array([2**20 - 3])),
+        job(1, 5, first_step=np.array([-1])),
+        job(2, 0, z={"z0": np.zeros((2, 5), np.float32)}),
+        job(2, 0, z={}),
+    ],
+)
+def test_a_job_that_would_spoil_its_batch_is_refused_at_the_door(wrong):
+    with pytest.raises(InvalidInput):
+        make().enqueue(wrong)
 
 
 # Tolerance
