@@ -75,13 +75,14 @@ def _line(name: str, trace: Trace) -> dict[str, object]:
 
 
 def _elbo_limits(data: Race) -> tuple[float, float]:
-    """From a little under the worst final ELBO to a little over the best: the prior, hundreds of nats below, is left out.
+    """From a little under the worst final ELBO (or the direct encoder's) to a little over the best: the prior, hundreds of nats below, is left out.
 
     A method that never came within 60 nats of the best does not stretch the axis.
     """
     flat = [value for trace in data.traces.values() for value in trace.elbo] + [v for v in (data.direct, data.optimum) if v is not None]
     best = max(value for value in flat if math.isfinite(value))
-    last = [trace.elbo[-1] for trace in data.traces.values() if math.isfinite(trace.elbo[-1])]
+    ends = [trace.elbo[-1] for trace in data.traces.values()] + ([] if data.direct is None else [data.direct])
+    last = [value for value in ends if math.isfinite(value)]
     spread = min(60.0, max(12.0, 1.6 * (best - min(last, default=best))))
     return best - spread, best + 0.06 * spread
 
@@ -205,7 +206,7 @@ def elbo_by_epoch(data: History, direct: History | None = None) -> Figure:
     made = figure(height=4.8)
     steps = sorted({0, 1, data.trained_steps})
     upper, lower = made.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
-    styles = {1: METHODS["adam"] | {"linestyle": (0, (6, 2))}, data.trained_steps: METHODS["learned"]}
+    styles = {1: {"color": "#0072B2", "linewidth": 1.8}, data.trained_steps: METHODS["learned"]}
     floor: list[float] = []
     for k in steps[1:]:
         values = [entry[k] for entry in data.valid_elbo]
