@@ -75,7 +75,7 @@ def _line(name: str, trace: Trace) -> dict[str, object]:
 
 
 def _elbo_limits(data: Race) -> tuple[float, float]:
-    """From a little under the worst final ELBO (or the direct encoder's) to a little over the best: the prior, hundreds of nats below, is left out.
+    """From a little under the worst final ELBO to a little over the best: the prior, hundreds of nats below, is left out.
 
     A method that never came within 60 nats of the best does not stretch the axis.
     """
