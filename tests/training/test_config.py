@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_the_cosine_rate_falls_from_its_start_to_zero_at_the_end() -> None:
     assert rates[0] == 1e-3
     assert rates[50] == pytest.approx(5e-4)
     assert rates[100] == pytest.approx(0, abs=1e-12)
-    assert all(a > b for a, b in zip(rates[:-1], rates[1:], strict=True))
+    assert all(a > b for a, b in pairwise(rates))
 
 
 def test_the_kl_weight_rises_linearly_to_one() -> None:

@@ -221,7 +221,7 @@ def test_weights_that_are_not_finite_never_replace_a_good_state(
 
     monkeypatch.setattr(loop, "SAVE_EVERY_S", -1.0)
     when(3, poison, monkeypatch)
-    with pytest.raises(TrainingFailed, match="update 3 .* a weight is not finite"):
+    with pytest.raises(TrainingFailed, match=r"update 3 .* a weight is not finite"):
         trainer(tiny_run, tmp_path).fit()
     state = load_last(tmp_path, CPU)
     assert state is not None
@@ -231,7 +231,7 @@ def test_weights_that_are_not_finite_never_replace_a_good_state(
 
 def test_a_run_that_fails_at_once_says_that_nothing_was_saved(tiny_run: RunConfig, tmp_path: Path) -> None:
     wild = replace(tiny_run, optimiser=OptimiserConfig(learning_rate=1e30))
-    with pytest.raises(TrainingFailed, match="update 2 .*No checkpoint was saved yet"):
+    with pytest.raises(TrainingFailed, match=r"update 2 .*No checkpoint was saved yet"):
         trainer(wild, tmp_path).fit()
 
 
