@@ -86,35 +86,40 @@ def export(
     partial = target.with_name(f".{version}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    served = static_programs(model)
-    _write_programs(partial, model, served)
-    reference = _reference(model, observe(torch.as_tensor(images.valid[:REFERENCE_ROWS]), images.kind, _generator(BINARISE_SEED)))
-    write_reference(partial, reference)
-    check_parity(partial, served, reference)
-    evaluation = checkpoint / "evaluation.json"
-    metrics = json.loads(evaluation.read_text()) if evaluation.exists() else {}
-    likelihood = run.architecture.generative.likelihood
-    card = Card(
-        name=name,
-        version=version,
-        family="static",
-        description=f"{run.architecture.inference.kind} inference, {run.name}, trained on {run.data.name}",
-        x=_describe_x(model, run, images),
-        likelihood=LikelihoodSpec(name=likelihood, parameters=LIKELIHOODS[likelihood].HEADS),
-        levels=tuple(LevelSpec(name=f"q{i}", size=d, parameters=level_names(i)) for i, d in enumerate(model.generative.latent_sizes)),
-        carry=served.carry,
-        context=served.context,
-        encoding=model.inference.encodings,
-        trained_steps=run.refinement.steps if model.inference.refines else 0,
-        max_steps=MAX_STEPS if model.inference.refines else 0,
-        samples=run.refinement.samples,
-        antithetic=run.refinement.antithetic,
-        programs={name: _spec(name, program) for name, program in served.programs.items()},
-        **_measure(model, run, images, rows, samples, quiet),
-        metrics={key: float(metrics[key]) for key in ("log_px", "optimum", "seed_spread") if key in metrics},
-        provenance=_provenance(run, facts, images),
-    )
-    write_card(partial, card, signer)
+    try:
+        served = static_programs(model)
+        _write_programs(partial, model, served)
+        reference = _reference(model, observe(torch.as_tensor(images.valid[:REFERENCE_ROWS]), images.kind, _generator(BINARISE_SEED)))
+        write_reference(partial, reference)
+        check_parity(partial, served, reference)
+        evaluation = checkpoint / "evaluation.json"
+        metrics = json.loads(evaluation.read_text()) if evaluation.exists() else {}
+        likelihood = run.architecture.generative.likelihood
+        card = Card(
+            name=name,
+            version=version,
+            family="static",
+            description=f"{run.architecture.inference.kind} inference, {run.name}, trained on {run.data.name}",
+            x=_describe_x(model, run, images),
+            likelihood=LikelihoodSpec(name=likelihood, parameters=LIKELIHOODS[likelihood].HEADS),
+            levels=tuple(LevelSpec(name=f"q{i}", size=d, parameters=level_names(i)) for i, d in enumerate(model.generative.latent_sizes)),
+            carry=served.carry,
+            context=served.context,
+            encoding=model.inference.encodings,
+            trained_steps=run.refinement.steps if model.inference.refines else 0,
+            max_steps=MAX_STEPS if model.inference.refines else 0,
+            samples=run.refinement.samples,
+            antithetic=run.refinement.antithetic,
+            programs={name: _spec(name, program) for name, program in served.programs.items()},
+            **_measure(model, run, images, rows, samples, quiet),
+            metrics={key: float(metrics[key]) for key in ("log_px", "optimum", "seed_spread") if key in metrics},
+            provenance=_provenance(run, facts, images),
+        )
+        write_card(partial, card, signer)
+    except BaseException:
+        # a half-written version is of no use to anyone
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     partial.rename(target)
     return target
 
@@ -239,7 +244,8 @@ def _measure(model: LatentModel, run: RunConfig, images: Images, rows: int, samp
 
 
 def _provenance(run: RunConfig, facts: Mapping[str, Any], images: Images) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "commit": commit or "unknown",
         "seed": run.seed,
