@@ -81,7 +81,7 @@ class StaticLane:
             engine=self.engine, rows=self._rows, cost=self.cost, noise=self._noise, clock=self.clock, tick_s=self.tick_s
         )
         self._line, self._order, self._best = WaitingLine(), FairOrder(self._rows), BestSoFar(self.engine, self._rows)
-        self._ones = np.ones((self.slots, *card.x.shape), np.float32)
+        self._ones = np.broadcast_to(np.float32(1), (self.slots, *card.x.shape))
         self._answered: list[Ticket] = []
         self._carry = [tensor.name for tensor in card.carry]
         self._init_has_noise = any(tensor.name.startswith("noise") for tensor in card.programs["init"].inputs)
