@@ -1,0 +1,15 @@
+"""Name -> function returning a complete RunConfig. `elbow-train train NAME`."""
+
+from collections.abc import Callable
+
+from training.config import RunConfig
+from training.runs import mnist
+
+RUNS: dict[str, Callable[[], RunConfig]] = {
+    "mnist-direct": mnist.mnist_direct,
+    "mnist-iterative": mnist.mnist_iterative,
+    "mnist-direct-short": mnist.mnist_direct_short,
+    "mnist-iterative-short": mnist.mnist_iterative_short,
+    "mnist-landscape": mnist.mnist_landscape,
+    "digits-tiny": mnist.digits_tiny,
+}
