@@ -76,7 +76,7 @@ class LinearGaussian(FilterGenerative):
 
     def emission(self, context: dict[str, Tensor], z: Tensor) -> Likelihood:
         mu = z @ self.C.mT
-        return Gaussian(mu, self.log_sigma.expand_as(mu))
+        return Gaussian(mu, self.log_sigma + torch.zeros_like(mu))
 
     def transition(self, context: dict[str, Tensor], x: Tensor, mask: Tensor, q: DiagonalGaussian, z: Tensor) -> FilterState:
         if self.latent_sizes[0] == 1:

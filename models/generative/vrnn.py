@@ -30,7 +30,10 @@ class VRNN(RecurrentFilter):
         return Prediction(self._prior(state["h"]), {**state, "decoder": self.output.prepare(state["h"])})
 
     def emission(self, context: dict[str, Tensor], z: Tensor) -> Likelihood:
-        return self._emit(context["decoder"], self.embed_z(z))
+        rows, samples, size = z.shape
+        # one matrix product over all rows and samples
+        features = self.embed_z(z.reshape(rows * samples, size))
+        return self._emit(context["decoder"], features.reshape(rows, samples, features.shape[-1]))
 
     def transition(self, context: dict[str, Tensor], x: Tensor, mask: Tensor, q: DiagonalGaussian, z: Tensor) -> FilterState:
         return self.cell.advance(self._project(x, z), context)
