@@ -84,6 +84,7 @@ class StaticLane:
         self._ones = np.broadcast_to(np.float32(1), (self.slots, *card.x.shape))
         self._answered: list[Ticket] = []
         self._carry = [tensor.name for tensor in card.carry]
+        self._shapes = {"x": card.x.shape, "mask": card.x.shape, **{tensor.name: tensor.shape[1:] for tensor in card.carry}}
         self._init_has_noise = any(tensor.name.startswith("noise") for tensor in card.programs["init"].inputs)
         self._overhead_s = 0.0
 
@@ -100,7 +101,7 @@ class StaticLane:
         self._check(job)
         together = min(job.rows, self.slots)
         start = self.cost.seconds("init", together) + self.cost.seconds("score", together * job.ask.samples)
-        final = self._stages.seconds(ticket) + self.reply_s
+        final = self.reply_s + (self._stages.seconds(ticket) if self._stages.needed(ticket) else 0.0)
         at_once = self._places(self.tick_s)
         rounds = math.ceil((self._rows.in_flight + job.rows) / at_once)
         step = rounds * self.cost.seconds("step", min(at_once, self._rows.in_flight + job.rows))
@@ -127,7 +128,7 @@ class StaticLane:
             last = int(np.max(job.first_step, initial=0)) + job.budget.steps
             if np.min(job.first_step, initial=0) < 0 or last > MAX_STEP:
                 raise InvalidInput.at("posterior.step", f"must be at least 0, and at most {MAX_STEP} after all steps")
-        shapes = {"x": card.x.shape, "mask": card.x.shape, **{tensor.name: tensor.shape[1:] for tensor in card.carry}}
+        shapes: Mapping[str, tuple[int | str, ...]] = self._shapes
         given = [("x", job.x), ("mask", job.mask), *(job.carry or {}).items()]
         if job.z is not None:
             shapes = {level.name: (level.size,) for level in card.levels}
