@@ -14,7 +14,7 @@ The results are the same to rounding: factors are multiplied in another order, n
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -33,22 +33,27 @@ ARITHMETIC: dict[Any, Callable[..., float]] = {
 PRODUCT = (aten.mul.Tensor, aten.mul.Scalar)
 SUM = (aten.add.Tensor, aten.add.Scalar)
 RANK_CHANGES = (aten.unsqueeze.default, aten.squeeze.dim)
-FILLED = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
+FILLED: dict[Any, float] = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
 
-Value = fx.Node | float
-"""What stands for a node of the old graph: a new node, perhaps of a smaller shape that broadcasts to the old one's, or the
-number that fills it."""
+Value = fx.Node | float | int
+"""What stands for a node of the old graph: a new node, perhaps of a smaller shape that broadcasts to the old one's, the
+number that fills it, or a size known at tracing."""
 
 
-def simplify(module: fx.GraphModule) -> fx.GraphModule:
-    """The same function of the same inputs, from a graph that `make_fx` traced with symbolic shapes."""
-    graph = _Rebuilt(module.graph).graph
+def simplify(module: fx.GraphModule, dynamic: Collection[str]) -> fx.GraphModule:
+    """The same function of the same inputs, from a graph that `make_fx` traced with symbolic shapes.
+
+    Args:
+        dynamic: the symbols of sizes that vary from call to call. Every other size is what it was at tracing.
+    """
+    graph = _Rebuilt(module.graph, frozenset(dynamic)).graph
     graph.eliminate_dead_code()
     return fx.GraphModule(module, graph)
 
 
 class _Rebuilt:
-    def __init__(self, old: fx.Graph):
+    def __init__(self, old: fx.Graph, dynamic: frozenset[str]):
+        self._dynamic = dynamic
         self.graph = fx.Graph()
         self._values: dict[fx.Node, Value] = {}
         self._calls: dict[str, fx.Node] = {}
@@ -63,8 +68,10 @@ class _Rebuilt:
                 self._values[node] = self.graph.node_copy(node, self._whole)
 
     def _rebuild(self, node: fx.Node) -> Value:
-        if node.target in FILLED:
-            return FILLED[node.target]
+        size = node.meta.get("val")
+        known = int(size) if isinstance(size, torch.SymInt) and not self._varies(size) else FILLED.get(node.target)
+        if known is not None:
+            return known
         if node.target in ARITHMETIC and not node.kwargs:
             return self._arithmetic(node)
         first = self._values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
@@ -118,7 +125,7 @@ class _Rebuilt:
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: Any = None, value: Any = None) -> fx.Node:
         """The node that calls `target`, made once for equal arguments."""
-        key = f"{target} {args} {kwargs}"
+        key = f"{target} {args} {dict(kwargs or {})}"
         if key not in self._calls:
             node = self.graph.call_function(target, args, dict(kwargs or {}))
             if value is None:
@@ -129,18 +136,20 @@ class _Rebuilt:
             self._calls[key] = node
         return self._calls[key]
 
-    def _whole(self, node: fx.Node) -> fx.Node:
+    def _whole(self, node: fx.Node) -> Value:
         """What stands for `node`, in its full shape."""
         value, like = self._values[node], node.meta.get("val")
-        if isinstance(value, fx.Node) and (not isinstance(like, Tensor) or _shape(value) == _shape(node)):
+        if not isinstance(like, Tensor) or (isinstance(value, fx.Node) and _shape(value) == _shape(node)):
             return value
-        assert isinstance(like, Tensor)
-        sizes = [size if isinstance(size, int) else self._size(size) for size in like.shape]
+        sizes = [self._size(size) if self._varies(size) else int(size) for size in like.shape]
         if isinstance(value, fx.Node):
             return self._call(aten.expand.default, (value, sizes), None, like)
         return self._call(aten.full.default, (sizes, value), {"dtype": like.dtype}, like)
 
-    def _size(self, size: torch.SymInt) -> fx.Node:
+    def _varies(self, size: int | torch.SymInt) -> bool:
+        return isinstance(size, torch.SymInt) and any(str(symbol) in self._dynamic for symbol in size.node.expr.free_symbols)
+
+    def _size(self, size: int | torch.SymInt) -> fx.Node:
         """A node that gives this symbolic size: a computed one, else an input's."""
         if str(size) not in self._sizes:
             inputs = [node for node in self.graph.nodes if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)]

@@ -22,14 +22,15 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from models.artifact import WEIGHTS
-from models.catalogue import LatentModel
+from models.catalogue import FilterModel, LatentModel
 from models.programs import Program
 from training.onnx_graph import suit_onnx_runtime
 from training.simplify import simplify
 
 aten = torch.ops.aten
-TRACE_SIZES = {"rows": 3, "samples": 4}
-"""Sizes at tracing: distinct, and more than 1 so that no dimension is taken for a constant."""
+TRACE_SIZES = {"rows": 47, "samples": 53}
+"""Sizes at tracing: distinct, more than 1 so that no dimension is taken for a constant, and primes that no layer has for
+its width: tracing takes dimensions of equal size for the same one."""
 
 
 def weight_attribute(name: str) -> str:
@@ -47,7 +48,7 @@ def example_inputs(program: Program, sizes: dict[str, int] = TRACE_SIZES, dtype:
 class _Call(nn.Module):
     """A program as a module whose parameters are the model's."""
 
-    def __init__(self, model: LatentModel, program: Program):
+    def __init__(self, model: LatentModel | FilterModel, program: Program):
         super().__init__()
         self.model, self.program = model, program
 
@@ -55,7 +56,7 @@ class _Call(nn.Module):
         return self.program.function(*inputs)
 
 
-def trace(model: LatentModel, program: Program) -> tuple[fx.GraphModule, list[str]]:
+def trace(model: LatentModel | FilterModel, program: Program) -> tuple[fx.GraphModule, list[str]]:
     """The graph, and the names of the weights it uses: its first inputs, before the program's own."""
     call = _Call(model, program)
     weights = {name: value.detach() for name, value in model.named_parameters()}
@@ -67,7 +68,10 @@ def trace(model: LatentModel, program: Program) -> tuple[fx.GraphModule, list[st
         graph = make_fx(lambda *flat: run(list(flat[: len(weights)]), *flat[len(weights) :]), tracing_mode="symbolic")(
             *weights.values(), *example_inputs(program)
         )
-    graph = simplify(graph)
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][len(weights) :]
+    shapes = [(spec.shape, node.meta["val"].shape) for spec, node in zip(program.inputs, inputs, strict=True)]
+    dynamic = {str(traced) for shape, sizes in shapes for size, traced in zip(shape, sizes, strict=True) if isinstance(size, str)}
+    graph = simplify(graph, dynamic)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     used = []
     for node, name in zip(placeholders, weights, strict=False):
@@ -116,7 +120,9 @@ class _WithWeights(nn.Module):
         return self.graph(*(getattr(self, attribute) for attribute in self.names.values()), *inputs)
 
 
-def to_onnx(graph: fx.GraphModule, used: list[str], model: LatentModel, program: Program, offsets: dict[str, tuple[int, int]]) -> bytes:
+def to_onnx(
+    graph: fx.GraphModule, used: list[str], model: LatentModel | FilterModel, program: Program, offsets: dict[str, tuple[int, int]]
+) -> bytes:
     """The graph as ONNX whose initialisers point into weights.safetensors (`offsets`: name -> (first byte, bytes))."""
     parameters = dict(model.named_parameters())
     module = _WithWeights(suit_onnx_runtime(graph), {name: parameters[name].detach() for name in used})
