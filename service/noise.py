@@ -76,7 +76,12 @@ def normals(
 
     Returns:
         (R, S, D) float32.
+
+    Raises:
+        ValueError: a step beyond `MAX_STEP`: it would repeat the noise of another.
     """
+    if np.max(steps, initial=0) > MAX_STEP:
+        raise ValueError(f"steps: {int(np.max(steps))} is beyond the last step that noise exists for, {MAX_STEP}")
     first, count = samples if isinstance(samples, tuple) else (0, samples)
     word = words(steps, level=level, purpose=purpose)
     if not antithetic:
@@ -88,15 +93,8 @@ def normals(
 
 
 def words(steps: NDArray[np.int64] | int, *, level: int, purpose: Purpose) -> NDArray[np.uint64]:
-    """The counter word that packs step, level and purpose; one per entry of `steps`.
-
-    Raises:
-        ValueError: a step beyond `MAX_STEP`, for which there is no noise.
-    """
-    step = np.asarray(steps)
-    if np.max(step, initial=0) > MAX_STEP:
-        raise ValueError(f"steps: {int(np.max(step))} is beyond the last step that noise exists for, {MAX_STEP}")
-    return step.astype(np.uint64) | np.uint64(level << STEP_BITS | int(purpose) << (STEP_BITS + LEVEL_BITS))
+    """The counter word that packs step (at most `MAX_STEP`), level and purpose; one per entry of `steps`."""
+    return np.asarray(steps).astype(np.uint64) | np.uint64(level << STEP_BITS | int(purpose) << (STEP_BITS + LEVEL_BITS))
 
 
 def vectors(

@@ -93,14 +93,14 @@ class NoiseAhead:
         counts = np.minimum(rows.target[slots] - done, self._ahead)
         self._end[slots] = done + counts
         slot, within = _spread(slots, counts)
-        step = np.repeat(done, counts) + within
+        step = done.repeat(counts) + within
         measured, sample = _spread(slots, kept)
-        seeds = np.concatenate([np.repeat(rows.seed[slot], each), rows.seed[measured]])
+        seeds = np.concatenate([rows.seed[slot].repeat(each), rows.seed[measured]])
         samples = np.concatenate([np.tile(self._drawn, len(slot)), sample])
         place, count = step % self._ahead, len(slot) * each
         for name, (level, shape) in {**self._step, **self._score}.items():
             word = np.empty(len(seeds), np.uint64)
-            word[:count] = np.repeat(words(rows.first[slot] + step, level=level, purpose=Purpose.REFINE), each)
+            word[:count] = words(rows.first[slot] + step, level=level, purpose=Purpose.REFINE).repeat(each)
             word[count:] = words(0, level=level, purpose=Purpose.MEASURE)
             drawn = vectors(seeds, samples, word, int(np.prod(shape)))
             if len(measured) and name in self._measuring:
@@ -115,9 +115,8 @@ class NoiseAhead:
 
 def _spread(slots: Slots, counts: NDArray[np.int64]) -> tuple[Slots, NDArray[np.int64]]:
     """Each slot `counts` times, and 0, 1, …, count − 1 beside it."""
-    ends = np.cumsum(counts)
-    repeated = np.repeat(slots, counts)
-    return repeated, np.arange(len(repeated)) - np.repeat(ends - counts, counts)
+    repeated = slots.repeat(counts)
+    return repeated, np.arange(len(repeated)) - (counts.cumsum() - counts).repeat(counts)
 
 
 def _noise_inputs(spec: ProgramSpec) -> list[tuple[str, int, tuple[int, ...]]]:

@@ -168,7 +168,7 @@ class StaticLane:
     def tick(self, budget_s: float) -> None:
         started = self.clock()
         self.counts.ticks += 1
-        self._in_engine_s = 0.0
+        self._in_engine_s, self._someone_ended = 0.0, False
         self._receive()
         if self.someone_left:
             self._forget_abandoned()
@@ -308,20 +308,22 @@ class StaticLane:
         self.counts.batch_rows = len(chosen)
         stepping = chosen[rows.target[chosen] > rows.done[chosen]]
         if len(stepping) and not self._step(stepping):
-            chosen = chosen[self._alive(chosen)]
+            chosen = self._alive(chosen)
         ended = rows.target[chosen] <= rows.done[chosen]
         due = rows.measured[chosen] != rows.done[chosen]
         due &= rows.every[chosen] | (ended & rows.measure[chosen])
         if np.any(due):
             self._measure(chosen[due])
-            chosen = chosen[self._alive(chosen)]
+            chosen = self._alive(chosen)
         over = chosen[rows.target[chosen] <= rows.done[chosen]]
         if len(over):
             self._leave_refinement(over)
 
-    def _alive(self, slots: Slots) -> NDArray[np.bool_]:
-        """Which of the slots still hold a row: the batch may have failed."""
-        return np.array([self._rows.tickets[slot] is not None for slot in slots.tolist()], np.bool_)
+    def _alive(self, slots: Slots) -> Slots:
+        """Those of the slots that still hold a row: jobs may have ended since they were chosen."""
+        if not self._someone_ended:
+            return slots
+        return slots[[self._rows.tickets[slot] is not None for slot in slots.tolist()]]
 
     def _step(self, slots: Slots) -> bool:
         """One step for the rows in `slots`; False if the engine failed (and the rows are gone)."""
@@ -427,7 +429,7 @@ class StaticLane:
         told = slots[rows.events[slots]]
         if len(told):
             self._return_best(told)
-            slots = slots[self._alive(slots)]
+            slots = self._alive(slots)
         staying = rows.outputs[slots]
         for slot in slots[staying].tolist():
             ticket = rows.ticket(slot)
@@ -567,6 +569,7 @@ class StaticLane:
 
     def _end(self, tickets: list[Ticket], error: Exception) -> None:
         """Answers jobs early and takes everything of theirs out of line, slots and final stages."""
+        self._someone_ended = True
         for ticket in tickets:
             self._order.leave(ticket, ticket.in_flight)
             if ticket.next_row < ticket.rows and not (ticket.job.prior or ticket.job.z is not None):
