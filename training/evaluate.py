@@ -130,7 +130,9 @@ class Evaluator:
         """
         x = self.x[:rows]
         refine, measure, drive = (_generator(x, seed) for seed in (REFINE_SEED + 50, MEASURE_SEED + 50, 77))
-        *_, last = kept = list(self.states(x, GAP_STEPS, refine))
+        # the trained K may lie beyond λ₁₆; a direct model has one state only
+        kept = list(self.states(x, max(GAP_STEPS, self.run.refinement.steps), refine))
+        last = kept[min(GAP_STEPS, len(kept) - 1)]
         prior = self.model.generative.prior_parameters(x)
         candidates = [optimum(self.model.generative, q, x, drive, self.quiet) for q in (prior, last.q)]
         chosen = torch.stack([self._thousand(q, x, samples, measure) for q in candidates]).argmax(0)

@@ -30,9 +30,9 @@ def tiny_run() -> RunConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Bit-for-bit comparisons need the same number of threads on both sides."""
+    """Comparisons bit for bit need the same number of threads on both sides; and on a busy machine two threads wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -24,8 +24,6 @@ from training.loop import Trainer, TrainingFailed, fabric_for
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def trainer(run: RunConfig, folder: Path) -> Trainer:
     return Trainer(run, folder, fabric_for(run, "cpu"))
@@ -43,10 +41,7 @@ def log(folder: Path) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     trainer(tiny_run, folder).fit()
-    torch.set_num_threads(before)
     return folder
 
 
