@@ -23,8 +23,8 @@ def test_value_and_gradient_are_those_of_torch(
     weights = torch.linspace(1, 2, len(a), dtype=dtype)
     assert_close(ours(a), theirs(a))
     (mine,), (expected,) = (torch.autograd.grad((f(a) * weights).sum(), a) for f in (ours, theirs))
-    # torch's softplus turns linear at 20, where σ(20) is 1 − 2e-9
-    assert_close(mine, expected, atol=1e-8, rtol=1e-6)
+    # torch's softplus turns linear at 20, where σ(20) is 1 − 2e-9; ours takes elu′ from elu, exact to one unit in the last place of 1
+    assert_close(mine, expected, atol=1e-8 if dtype == torch.float64 else 2e-7, rtol=1e-6)
 
 
 @PAIRS
