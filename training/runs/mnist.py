@@ -40,8 +40,8 @@ def _short(run: RunConfig, name: str) -> RunConfig:
         run,
         name=name,
         batch_size=256,
-        epochs=150,
-        optimiser=OptimiserConfig(learning_rate=1e-3, decay="cosine", clip_norm=50.0),
+        epochs=110,
+        optimiser=OptimiserConfig(learning_rate=1e-3, decay="cosine", horizon=150, cooldown_epochs=25, clip_norm=50.0),
         precision="bf16-mixed",
     )
 
@@ -74,7 +74,9 @@ def digits_tiny() -> RunConfig:
     return replace(
         run,
         name="digits-tiny",
-        architecture=Architecture(VAEArchitecture(latent=16, hidden=(128, 128)), IterativeArchitecture(encodings=ENCODINGS, hidden=(128, 128))),
+        architecture=Architecture(
+            VAEArchitecture(latent=16, hidden=(128, 128)), IterativeArchitecture(encodings=ENCODINGS, hidden=(128, 128))
+        ),
         data=DataConfig("mnist"),
         train_rows=10_000,
         validation_rows=1_000,
