@@ -33,7 +33,7 @@ def trained(tiny_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Tr
         train_rows=None,
     )
     trainer = Trainer(run, tmp_path_factory.mktemp("masks"), fabric_for(run, "cpu"))
-    for _ in range(120):
+    for _ in range(100):
         for index in trainer.batches:
             trainer.update(index)
     return trainer
