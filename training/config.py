@@ -32,20 +32,25 @@ class OptimiserConfig:
     """Adam for φ and θ alike.
 
     Attributes:
-        decay: "exponential": × `per_epoch` each epoch, as published; "cosine": to zero at the last epoch.
+        decay: "exponential": × `per_epoch` each epoch, as published; "cosine": to zero at `horizon` (default: the last epoch).
+        cooldown_epochs: over so many last epochs the rate also falls linearly to zero, wherever its decay stands then.
         clip_norm: largest norm of the gradient of φ, and of θ, per row of the batch; None = no clipping.
     """
 
     learning_rate: float = 2e-4
     decay: Literal["exponential", "cosine"] = "exponential"
     per_epoch: float = 0.999
+    horizon: int | None = None
+    cooldown_epochs: int = 0
     clip_norm: float | None = None
 
     def rate(self, epoch: int, epochs: int) -> float:
         """The learning rate in `epoch` (from 0) of `epochs`."""
         if self.decay == "exponential":
-            return self.learning_rate * self.per_epoch**epoch
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+            rate = self.learning_rate * self.per_epoch**epoch
+        else:
+            rate = self.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / (self.horizon or epochs)))
+        return rate * min(1.0, (epochs - epoch) / self.cooldown_epochs) if self.cooldown_epochs else rate
 
 
 @dataclass(frozen=True)

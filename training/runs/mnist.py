@@ -41,7 +41,7 @@ def _short(run: RunConfig, name: str) -> RunConfig:
         name=name,
         batch_size=256,
         epochs=110,
-        optimiser=OptimiserConfig(learning_rate=1e-3, decay="cosine", horizon=150, cooldown_epochs=25, clip_norm=50.0),
+        optimiser=OptimiserConfig(learning_rate=1e-3, decay="cosine", horizon=150, cooldown_epochs=24, clip_norm=50.0),
         precision="bf16-mixed",
     )
 
