@@ -66,7 +66,7 @@ def _train(args: argparse.Namespace) -> int:
     run = RUNS[args.run]()
     if args.seed is not None:
         run = replace(run, seed=args.seed)
-    fabric = fabric_for(run, args.device)
+    fabric = fabric_for(args.device)
     fabric.launch()
     Trainer(run, args.output or Path("runs") / run.name, fabric, args.data).fit()
     return 0

@@ -71,7 +71,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
             signal.signal(signal.SIGINT, before)
 
 
-def fabric_for(run: RunConfig, device: str) -> Fabric:
+def fabric_for(device: str) -> Fabric:
     """Fabric for one or several processes. Gradients are averaged across them by `Trainer`, so the model is not wrapped."""
     accelerator = {"cuda": "gpu"}.get(device, device)
     return Fabric(accelerator=accelerator, devices="auto" if accelerator == "gpu" else 1)
@@ -94,10 +94,8 @@ class Trainer:
             for name, part in self.parts.items()
             if any(True for _ in part.parameters())
         }
-        seed = run.seed * 1000 + fabric.global_rank * len(GENERATORS)
-        self.generators = {
-            name: torch.Generator("cpu" if name == "order" else self.device).manual_seed(seed + i) for i, name in enumerate(GENERATORS)
-        }
+        self.generators = {name: torch.Generator("cpu" if name == "order" else self.device) for name in GENERATORS}
+        self._seed_generators(0)
         self.batches = Batches(self.train_x, run.batch_size, self.generators["order"], drop_last=run.compiled)
         self.gradients = Gradients(self.model, run.refinement.steps, self._autocast, run.compiled)
         self.updates = 0
@@ -105,6 +103,17 @@ class Trainer:
         self.sums: dict[str, list[float]] = {}
         self.seen_batches = 0
         self._saved_at = time.monotonic()
+
+    @property
+    def alone(self) -> bool:
+        """One process: its state is saved in mid-epoch too. Several processes start anew from the last epoch's end."""
+        return bool(self.fabric.world_size == 1)
+
+    def _seed_generators(self, epoch: int) -> None:
+        """Generators of this process for what begins in `epoch`: other processes and epochs get other streams."""
+        first = ((self.run.seed * 1000 + epoch) * self.fabric.world_size + self.fabric.global_rank) * len(GENERATORS)
+        for i, generator in enumerate(self.generators.values()):
+            generator.manual_seed(first + i)
 
     # one update ------------------------------------------------------------------------------------------------------
 
@@ -116,7 +125,7 @@ class Trainer:
         trace = self.gradients(x, mask, self._noise(len(x)), run.kl_weight(self.batches.epoch))
         for name, optimiser in self.optimisers.items():
             parameters = list(self.parts[name].parameters())
-            for parameter in parameters if self.fabric.world_size > 1 else ():
+            for parameter in () if self.alone else parameters:
                 parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
             if run.optimiser.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, run.optimiser.clip_norm * len(x))
@@ -166,6 +175,8 @@ class Trainer:
             with deferred_interrupt() as interrupted:
                 while self.batches.epoch < self.run.epochs:
                     began = time.monotonic()
+                    if not self.alone:
+                        self._seed_generators(self.batches.epoch)
                     for index in self.batches:
                         trace = self.update(index)
                         self._add_up(trace)
@@ -173,7 +184,7 @@ class Trainer:
                         progress = f"epoch {self.batches.epoch + 1}/{self.run.epochs} ELBO {self._mean('elbo')[-1]:.2f} nats"
                         bar.set_postfix_str(progress, refresh=False)
                         stop = interrupted()
-                        if stop or time.monotonic() - self._saved_at > SAVE_EVERY_S:
+                        if self.alone and (stop or time.monotonic() - self._saved_at > SAVE_EVERY_S):
                             self.save()
                         if stop:
                             raise KeyboardInterrupt
@@ -268,7 +279,7 @@ class Trainer:
     # state -----------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes the resumable state (rank 0; the generators of other ranks are keyed by rank and epoch alone).
+        """Writes the resumable state. Of several processes the first one writes it, between epochs (`_seed_generators`).
 
         Raises:
             TrainingFailed: a weight is not finite; the state saved before stays.
@@ -281,6 +292,7 @@ class Trainer:
                 self.folder,
                 {
                     "run": json.dumps(self.run.to_dict()),
+                    "data_sha256": self.images.sha256,
                     "model": self.model.state_dict(),
                     "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
                     "generators": {name: generator.get_state() for name, generator in self.generators.items()},
@@ -296,13 +308,15 @@ class Trainer:
         """Continues the run in the folder, if there is one.
 
         Raises:
-            TrainingFailed: the folder holds another run.
+            TrainingFailed: the folder holds another run, or one on other data.
         """
         state = load_last(self.folder, self.device)
         if state is None:
             return False
         if RunConfig.from_dict(json.loads(state["run"])) != self.run:
             raise TrainingFailed(f"{self.folder} holds a run with another configuration: choose another --output, or remove it")
+        if state.get("data_sha256", self.images.sha256) != self.images.sha256:
+            raise TrainingFailed(f"{self.folder} was trained on another file of {self.run.data.name}: give the same --data, or another --output")
         self.model.load_state_dict(state["model"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])

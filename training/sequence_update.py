@@ -8,8 +8,8 @@ a whole chunk would be no faster and take T times as long to compile (docs/log.m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from models.catalogue import FilterModel
 from models.generative.filter import FilterState
 from training.sequence_step import ChainFrame, Chunk, ChunkSeen, Flow, accumulate_sequence, chain_frame
 
-Autocast = Callable[[], AbstractContextManager[object]]
 Key = tuple[int, bool]
 
 SIGHTINGS = 2
@@ -31,18 +30,18 @@ class SequenceGradients:
     """Adds the gradients of one update to the parameters of `model` and returns what was seen.
 
     Args:
-        autocast: makes the context in which matrices may run at reduced precision.
+        precision: of the matrix products, as torch.autocast takes it; None = that of the model. All else stays as it is.
         compiled: compile the frames of a refining model's chain. Calls with other numbers of rows remain possible.
     """
 
-    def __init__(self, model: FilterModel, autocast: Autocast, compiled: bool):
-        self._model, self._autocast = model, autocast
-        self._chains: dict[Key, ChainFrame] = {}
+    def __init__(self, model: FilterModel, precision: torch.dtype | None = None, compiled: bool = True):
+        self._model, self._precision = model, precision
+        self._frames: dict[Key, CompiledFrame] = {}
         self._seen: Counter[Key] = Counter()
         self._wants_compiled = compiled and model.inference.refines
 
     def __call__(self, chunk: Chunk, kl_weight: float) -> ChunkSeen:
-        with self._autocast():
+        with autocast(chunk.x.device, self._precision):
             return accumulate_sequence(self._model, chunk, kl_weight, self._chain(chunk))
 
     def _chain(self, chunk: Chunk) -> ChainFrame | None:
@@ -50,36 +49,54 @@ class SequenceGradients:
             return None
         key = (len(chunk.x), chunk.needs_filling)
         self._seen[key] += 1
-        if key not in self._chains and self._seen[key] >= SIGHTINGS:
-            self._chains[key] = compile_frame(self._model, chunk, self._autocast)
-        return self._chains.get(key)
+        if key not in self._frames and self._seen[key] >= SIGHTINGS:
+            self._frames[key] = CompiledFrame(self._model, chunk, self._precision)
+        return self._frames[key].chain() if key in self._frames else None
 
 
-def compile_frame(model: FilterModel, chunk: Chunk, autocast: Autocast) -> ChainFrame:
-    """`chain_frame` for chunks of this shape, compiled; the weights are read anew at every call."""
-    parameters = dict(model.named_parameters())
-    frame = _Frame(model, chunk.needs_filling)
+def autocast(device: torch.device, precision: torch.dtype | None) -> AbstractContextManager[object]:
+    return nullcontext() if precision is None else torch.autocast(device.type, precision)
 
-    def pure(
-        values: list[Tensor], state: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor
-    ) -> tuple[FilterState, Flow]:
-        swapped = {f"model.{name}": value for name, value in zip(parameters, values, strict=True)}
-        with torch.no_grad(), autocast():
-            after, flow = functional_call(frame, swapped, (state, x, mask, noise, kl_weight))
-        # a compiled function's outputs are its own arrays
-        return {name: value + 0 for name, value in after.items()}, flow
 
-    values = [parameter.detach() for parameter in parameters.values()]
-    state = {name: value.detach().contiguous() for name, value in model.generative.start(len(chunk.x)).items()}
-    example = (state, chunk.x[:, 0].contiguous(), chunk.mask[:, 0].contiguous(), chunk.noise[0], chunk.x.new_ones(()))
-    compiled = torch.compile(make_fx(lambda *arguments: pure(*arguments))(values, *example), fullgraph=True)  # noqa: PLW0108
+class CompiledFrame:
+    """`chain_frame` for chunks of one shape, compiled. `chain()` gives it with the weights as they are now."""
 
-    def run(state: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor) -> tuple[FilterState, Flow]:
-        # of one layout, so that the graph is compiled once
-        state = {name: value.detach().contiguous() for name, value in state.items()}
-        return compiled(values, state, x.contiguous(), mask.contiguous(), noise, kl_weight)
+    def __init__(self, model: FilterModel, chunk: Chunk, precision: torch.dtype | None):
+        self._parameters = dict(model.named_parameters())
+        self._precision = precision
+        # the weights of matrix products are rounded once per chunk: autocast would do it again for every frame
+        self._matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        frame = _Frame(model, chunk.needs_filling)
 
-    return run
+        def pure(values: list[Tensor], *inputs: Any) -> tuple[FilterState, Flow]:
+            swapped = {f"model.{name}": value for name, value in zip(self._parameters, values, strict=True)}
+            with torch.no_grad(), autocast(chunk.x.device, precision):
+                after, flow = functional_call(frame, swapped, inputs)
+            # a compiled function's outputs are its own arrays
+            return {name: value + 0 for name, value in after.items()}, flow
+
+        state = {name: value.detach().contiguous() for name, value in model.generative.start(len(chunk.x)).items()}
+        example = (state, chunk.x[:, 0].contiguous(), chunk.mask[:, 0].contiguous(), chunk.noise[0], chunk.x.new_ones(()))
+        with torch.autocast(chunk.x.device.type, enabled=False):
+            graph = make_fx(lambda *inputs: pure(*inputs))(self._values(), *example)  # noqa: PLW0108
+        self._compiled = torch.compile(graph, fullgraph=True)
+
+    def _values(self) -> list[Tensor]:
+        return [
+            value.detach().to(self._precision) if self._precision is not None and name in self._matrices else value.detach()
+            for name, value in self._parameters.items()
+        ]
+
+    def chain(self) -> ChainFrame:
+        values = self._values()
+
+        def run(state: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor) -> tuple[FilterState, Flow]:
+            # of one layout, so that the graph is compiled once; the graph has its casts inside
+            state = {name: value.detach().contiguous() for name, value in state.items()}
+            with torch.autocast(x.device.type, enabled=False):
+                return self._compiled(values, state, x.contiguous(), mask.contiguous(), noise, kl_weight)
+
+        return run
 
 
 class _Frame(nn.Module):

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def trainer(run: RunConfig, folder: Path) -> Trainer:
-    return Trainer(run, folder, fabric_for(run, "cpu"))
+    return Trainer(run, folder, fabric_for("cpu"))
 
 
 def weights(folder: Path) -> bytes:
@@ -140,7 +140,7 @@ def killed(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(self, *args)
 loop.Gradients.__call__ = killed
-loop.Trainer(run, Path(sys.argv[2]), loop.fabric_for(run, "cpu")).fit()
+loop.Trainer(run, Path(sys.argv[2]), loop.fabric_for("cpu")).fit()
 """
 
 

@@ -32,7 +32,7 @@ def trained(tiny_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Tr
         batch_size=64,
         train_rows=None,
     )
-    trainer = Trainer(run, tmp_path_factory.mktemp("masks"), fabric_for(run, "cpu"))
+    trainer = Trainer(run, tmp_path_factory.mktemp("masks"), fabric_for("cpu"))
     for _ in range(80):
         for index in trainer.batches:
             trainer.update(index)
