@@ -316,7 +316,7 @@ class Trainer:
         if RunConfig.from_dict(json.loads(state["run"])) != self.run:
             raise TrainingFailed(f"{self.folder} holds a run with another configuration: choose another --output, or remove it")
         if state.get("data_sha256", self.images.sha256) != self.images.sha256:
-            raise TrainingFailed(f"{self.folder} was trained on another file of {self.run.data.name}: give the same --data, or another --output")
+            raise TrainingFailed(f"{self.folder} was trained on another {self.run.data.name}: give the same --data, or another --output")
         self.model.load_state_dict(state["model"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
