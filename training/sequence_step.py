@@ -43,6 +43,7 @@ class Chunk:
         weights: (B, T), what each frame counts for: 0 for padding after a sequence's end, and where a frame only initialises.
         noise: (T, K + 1, B, S, D), standard normal. The first K drive the steps, the last draws z. An own filter has K = 0.
         state: where the sequences stand before the chunk; None at their beginning.
+        restart: (B,) bool, rows that begin all the same; None = none of them.
     """
 
     x: Tensor
@@ -50,6 +51,7 @@ class Chunk:
     weights: Tensor
     noise: Tensor
     state: FilterState | None = None
+    restart: Tensor | None = None
 
     @property
     def needs_filling(self) -> bool:
@@ -88,7 +90,12 @@ def accumulate_sequence(model: FilterModel, chunk: Chunk, kl_weight: float | Ten
 
 
 def _start(model: FilterModel, chunk: Chunk) -> FilterState:
-    return model.generative.start(len(chunk.x)) if chunk.state is None else chunk.state
+    """The state before the chunk. The beginning is learned, so it stays part of the graph."""
+    begin = model.generative.start(len(chunk.x))
+    if chunk.state is None or chunk.restart is None:
+        return begin if chunk.state is None else chunk.state
+    restart = chunk.restart.unsqueeze(-1)
+    return {name: torch.where(restart, begin[name], value) for name, value in chunk.state.items()}
 
 
 def run_chain(chain: ChainFrame, chunk: Chunk, state: FilterState, kl_weight: Tensor) -> Flow:

@@ -162,6 +162,21 @@ def pieces(chunk: Chunk, length: int) -> Iterator[tuple[Tensor, Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("inference", ["avf", "own"])
+def test_a_row_that_restarts_begins_like_a_new_sequence_and_teaches_the_beginning(inference: str, generator: torch.Generator) -> None:
+    model = small_filter("vrnn", inference)
+    chunk = chunk_for(model, generator, K if inference == "avf" else 0)
+    fresh = accumulate_sequence(model, chunk)
+    gradients(model)
+    carried = Chunk(chunk.x, chunk.mask, chunk.weights, chunk.noise, fresh.state, torch.tensor([True, False, True]))
+    again = accumulate_sequence(model, carried)
+    assert_close(again.elbo[[0, 2]], fresh.elbo[[0, 2]])
+    assert not torch.allclose(again.elbo[1], fresh.elbo[1])
+    assert gradients(model)["generative.first.h"].any()
+    accumulate_sequence(model, Chunk(chunk.x, chunk.mask, chunk.weights, chunk.noise, fresh.state))
+    assert "generative.first.h" not in gradients(model)
+
+
+@pytest.mark.parametrize("inference", ["avf", "own"])
 @pytest.mark.parametrize("generative", ["vrnn", "srnn"])
 def test_padding_changes_no_gradient(generative: str, inference: str, generator: torch.Generator) -> None:
     model = small_filter(generative, inference)
