@@ -55,7 +55,8 @@ class SequenceGradients:
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> AbstractContextManager[object]:
-    return nullcontext() if precision is None else torch.autocast(device.type, precision)
+    # without the cache: a cast made under no_grad would be reused, without its gradient, where one is needed
+    return nullcontext() if precision is None else torch.autocast(device.type, precision, cache_enabled=False)
 
 
 class CompiledFrame:
