@@ -188,8 +188,20 @@ def _learn_inference(model: FilterModel, rows: _Rows, flow: Flow, past: Tensor, 
 
 def _back_through_time(model: FilterModel, chunk: Chunk, kl_weight: float | Tensor) -> ChunkSeen:
     """An own filter's update: the chain of z with autograd, then the objective of all frames at once."""
-    generative, rows, fill = model.generative, _Rows(chunk), chunk.needs_filling
-    state = _start(model, chunk)
+    rows, state = _Rows(chunk), _start(model, chunk)
+    core = None if chunk.needs_filling else model.generative.foresee(state, chunk.x)
+    whole, q, state = _chain_of_z(model, chunk, state) if core is None else _foreseen_chain(model, chunk, rows, core, state["z"])
+    terms = elbo(Frame(model.generative, whole), (q,), rows.x, rows.mask, (rows.noise,))
+    (-(rows.weights * terms.annealed(kl_weight)).sum()).backward()
+    return _seen(rows.shaped(terms.elbo.detach()).unsqueeze(-1), rows, terms, state)
+
+
+Chained = tuple[Prediction, DiagonalGaussian, FilterState]
+"""The predictions and answers of a chunk's frames, (B · T, …), and the state after it."""
+
+
+def _chain_of_z(model: FilterModel, chunk: Chunk, state: FilterState) -> Chained:
+    generative, fill = model.generative, chunk.needs_filling
     predictions: list[Prediction] = []
     answers: list[DiagonalGaussian] = []
     for x, mask, noise in zip(chunk.x.unbind(1), chunk.mask.unbind(1), chunk.noise[:, -1].unbind(0), strict=True):
@@ -200,13 +212,25 @@ def _back_through_time(model: FilterModel, chunk: Chunk, kl_weight: float | Tens
         state = frame.transition(fed, mask, q, samples)
         predictions.append(frame.prediction)
         answers.append(q[0])
-    whole = Prediction(
-        _gathered([prediction.prior for prediction in predictions]),
-        {name: torch.stack([p.context[name] for p in predictions], 1).flatten(0, 1) for name in predictions[0].context},
-    )
-    terms = elbo(Frame(generative, whole), (_gathered(answers),), rows.x, rows.mask, (rows.noise,))
-    (-(rows.weights * terms.annealed(kl_weight)).sum()).backward()
-    return _seen(rows.shaped(terms.elbo.detach()).unsqueeze(-1), rows, terms, state)
+    context = {name: torch.stack([p.context[name] for p in predictions], 1).flatten(0, 1) for name in predictions[0].context}
+    return Prediction(_gathered([p.prior for p in predictions]), context), _gathered(answers), state
+
+
+def _foreseen_chain(model: FilterModel, chunk: Chunk, rows: _Rows, core: list[FilterState], z: Tensor) -> Chained:
+    """The same where x alone decides what the filter reads of the past: only prior and z are left to go frame by frame."""
+    generative, inference = model.generative, model.inference
+    context = generative.context({name: torch.stack([s[name] for s in core[:-1]], 1).flatten(0, 1) for name in core[0]})
+    reading = inference.context(generative.standardise(rows.x), rows.mask, generative.summary(context))
+    contexts, readings = rows.by_frame(context), rows.by_frame(reading)
+    priors: list[DiagonalGaussian] = []
+    answers: list[DiagonalGaussian] = []
+    for t, (mask, noise) in enumerate(zip(chunk.mask.unbind(1), chunk.noise[:, -1].unbind(0), strict=True)):
+        prior = generative.prior({**core[t], "z": z}, contexts[t])
+        q = init(Frame(generative, Prediction(prior, contexts[t])), inference, readings[t], mask).q[0]
+        z = q.rsample(noise)[:, 0]
+        priors.append(prior)
+        answers.append(q)
+    return Prediction(_gathered(priors), context), _gathered(answers), {**core[-1], "z": z}
 
 
 def _gathered(gaussians: Sequence[DiagonalGaussian]) -> DiagonalGaussian:
@@ -226,6 +250,11 @@ class _Rows:
 
     def flat(self, value: Tensor) -> Tensor:
         return value.flatten(0, 1)
+
+    def by_frame(self, values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """(B · T, n) each -> T times (B, n)."""
+        split = {name: value.unflatten(0, self._shape).unbind(1) for name, value in values.items()}
+        return [{name: parts[t] for name, parts in split.items()} for t in range(self._shape[1])]
 
     def shaped(self, value: Tensor) -> Tensor:
         return value.reshape(self._shape)

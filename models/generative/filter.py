@@ -53,8 +53,17 @@ class FilterGenerative(nn.Module, ABC):
         """The state before the first frame, one row: each (1, n)."""
 
     @abstractmethod
+    def context(self, state: FilterState) -> dict[str, Tensor]:
+        """What emission and transition need of the past, each (B, n)."""
+
+    @abstractmethod
+    def prior(self, state: FilterState, context: dict[str, Tensor]) -> DiagonalGaussian:
+        """p(z_t | past), (B, D)."""
+
     def predict(self, state: FilterState) -> Prediction:
         """What is expected of the next frame."""
+        context = self.context(state)
+        return Prediction(self.prior(state, context), context)
 
     @abstractmethod
     def emission(self, context: dict[str, Tensor], z: Tensor) -> Likelihood:
@@ -98,6 +107,11 @@ class FilterGenerative(nn.Module, ABC):
         """E_q[log p(x_t | z_t, past)] in nats, (B,): the mean over samples unless a closed form is known."""
         return self.emission(prediction.context, z).log_prob(x, mask).mean(-1)
 
+    def foresee(self, state: FilterState, x: Tensor) -> list[FilterState] | None:
+        """The states before each frame of x (B, T, X) and after the last, without their array `z`, where that is all of them that
+        depends on z: then what is read of them can be computed for all frames at once. None where the past of z enters."""
+        return None
+
     def unroll(self, state: FilterState, x: Tensor, mask: Tensor, q: DiagonalGaussian, z: Tensor) -> list[FilterState]:
         """The states before each frame and after the last, T + 1 of them, when every z is already known.
 
@@ -108,7 +122,7 @@ class FilterGenerative(nn.Module, ABC):
         """
         states = [state]
         for t in range(x.shape[1]):
-            context = self.predict(states[-1]).context
+            context = self.context(states[-1])
             q_t = DiagonalGaussian(q.mu[:, t], q.log_sigma[:, t])
             states.append(self.transition(context, x[:, t], mask[:, t], q_t, z[:, t]))
         return states

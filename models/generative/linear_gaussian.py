@@ -66,13 +66,14 @@ class LinearGaussian(FilterGenerative):
         first = self.first.tril()
         return {"m": self.first_mean, "V": (first @ first.mT).reshape(1, -1)}
 
-    def predict(self, state: FilterState) -> Prediction:
+    def context(self, state: FilterState) -> dict[str, Tensor]:
         process = self.process.tril()
-        latent = self.latent_sizes[0]
-        P = self.A @ state["V"].reshape(-1, latent, latent) @ self.A.mT + process @ process.mT
-        mean = state["m"] @ self.A.mT
-        variance = P.diagonal(dim1=-2, dim2=-1)
-        return Prediction(DiagonalGaussian(mean, 0.5 * variance.log()), {"m": mean, "P": P.flatten(1)})
+        P = self.A @ self._square(state["V"]) @ self.A.mT + process @ process.mT
+        return {"m": state["m"] @ self.A.mT, "P": P.flatten(1)}
+
+    def prior(self, state: FilterState, context: dict[str, Tensor]) -> DiagonalGaussian:
+        """The marginals of N(A m, P); `prior_kl` and `log_prior` know the whole of it."""
+        return DiagonalGaussian(context["m"], 0.5 * self._square(context["P"]).diagonal(dim1=-2, dim2=-1).log())
 
     def emission(self, context: dict[str, Tensor], z: Tensor) -> Likelihood:
         mu = z @ self.C.mT

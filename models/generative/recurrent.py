@@ -15,7 +15,7 @@ from models.likelihood import Likelihood
 
 
 class RecurrentFilter(FilterGenerative):
-    """Base of the two: `cell` over features of x (and z), `prior` and `emission` from what it remembers."""
+    """Base of the two: `cell` over features of x (and z), prior and emission networks of what it remembers."""
 
     def __init__(self, architecture: VRNNArchitecture | SRNNArchitecture, core_inputs: int, prior_inputs: int, z_features: int):
         super().__init__(architecture.x_size, architecture.latent)
@@ -24,8 +24,8 @@ class RecurrentFilter(FilterGenerative):
         self.embed_x = MLP(architecture.x_size, architecture.x_hidden)
         self.cell = CELLS[architecture.cell](core_inputs + self.embed_x.output_size, architecture.hidden)
         self.first = nn.ParameterDict({name: nn.Parameter(torch.zeros(1, architecture.hidden)) for name in self.cell.names})
-        self.prior = MLP(prior_inputs, architecture.prior_hidden)
-        self.prior_head = nn.Linear(self.prior.output_size, 2 * architecture.latent)
+        self.prior_body = MLP(prior_inputs, architecture.prior_hidden)
+        self.prior_head = nn.Linear(self.prior_body.output_size, 2 * architecture.latent)
         self.output = Emission(
             architecture.hidden,
             z_features,
@@ -47,7 +47,7 @@ class RecurrentFilter(FilterGenerative):
         self.output.start_at_mean(mean)
 
     def _prior(self, features: Tensor) -> DiagonalGaussian:
-        mu, raw = self.prior_head(self.prior(features)).to(self.x_mean.dtype).chunk(2, -1)
+        mu, raw = self.prior_head(self.prior_body(features)).to(self.x_mean.dtype).chunk(2, -1)
         return DiagonalGaussian(mu, bound_log_sigma(raw))
 
     def _emit(self, prepared: Tensor, z: Tensor) -> Likelihood:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.architecture import SRNNArchitecture
 from models.gaussian import DiagonalGaussian
-from models.generative.filter import FilterState, Prediction
+from models.generative.filter import FilterState
 from models.generative.recurrent import RecurrentFilter
 from models.likelihood import Likelihood
 
@@ -28,9 +28,12 @@ class SRNN(RecurrentFilter):
     def begin(self) -> FilterState:
         return {**super().begin(), "z": self.first_z}
 
-    def predict(self, state: FilterState) -> Prediction:
+    def context(self, state: FilterState) -> dict[str, Tensor]:
         core = {name: state[name] for name in self.cell.names}
-        return Prediction(self._prior(torch.cat([state["h"], state["z"]], -1)), {**core, "decoder": self.output.prepare(state["h"])})
+        return {**core, "decoder": self.output.prepare(state["h"])}
+
+    def prior(self, state: FilterState, context: dict[str, Tensor]) -> DiagonalGaussian:
+        return self._prior(torch.cat([state["h"], state["z"]], -1))
 
     def emission(self, context: dict[str, Tensor], z: Tensor) -> Likelihood:
         return self._emit(context["decoder"], z)
@@ -38,8 +41,11 @@ class SRNN(RecurrentFilter):
     def transition(self, context: dict[str, Tensor], x: Tensor, mask: Tensor, q: DiagonalGaussian, z: Tensor) -> FilterState:
         return {**self.cell.advance(self._project(x), context), "z": z}
 
+    def foresee(self, state: FilterState, x: Tensor) -> list[FilterState]:
+        return self._run(self._project(x), state)
+
     def unroll(self, state: FilterState, x: Tensor, mask: Tensor, q: DiagonalGaussian, z: Tensor) -> list[FilterState]:
-        core = self._run(self._project(x), state)
+        core = self.foresee(state, x)
         return [{**now, "z": drawn} for now, drawn in zip(core, [state["z"], *z.unbind(1)], strict=True)]
 
     def _project(self, x: Tensor) -> Tensor:

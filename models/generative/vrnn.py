@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.architecture import VRNNArchitecture
 from models.gaussian import DiagonalGaussian
-from models.generative.filter import FilterState, Prediction
+from models.generative.filter import FilterState
 from models.generative.recurrent import RecurrentFilter
 from models.layers import MLP
 from models.likelihood import Likelihood
@@ -26,8 +26,11 @@ class VRNN(RecurrentFilter):
         super().__init__(architecture, z_features, architecture.hidden, z_features)
         self.embed_z = MLP(architecture.latent, architecture.z_hidden)
 
-    def predict(self, state: FilterState) -> Prediction:
-        return Prediction(self._prior(state["h"]), {**state, "decoder": self.output.prepare(state["h"])})
+    def context(self, state: FilterState) -> dict[str, Tensor]:
+        return {**state, "decoder": self.output.prepare(state["h"])}
+
+    def prior(self, state: FilterState, context: dict[str, Tensor]) -> DiagonalGaussian:
+        return self._prior(state["h"])
 
     def emission(self, context: dict[str, Tensor], z: Tensor) -> Likelihood:
         rows, samples, size = z.shape
