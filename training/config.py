@@ -61,6 +61,8 @@ class RunConfig:
         kl_warmup_epochs: the KL's weight rises linearly to 1 over so many epochs.
         precision: Lightning Fabric's name. Master weights, likelihoods and λ stay float32 in "bf16-mixed".
         compiled: trace the whole update once and compile it (fixed batch size; the odd rows of an epoch wait for the next).
+        parent: begin with the best weights of this run, whose folder lies beside ours; None = fresh weights.
+        frozen: parts that keep their weights: "generative" leaves θ as it is and trains φ alone.
         train_rows: use only the first so many training rows; None = all.
     """
 
@@ -74,6 +76,8 @@ class RunConfig:
     kl_warmup_epochs: int = 0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     compiled: bool = False
+    parent: str | None = None
+    frozen: tuple[str, ...] = ()
     train_rows: int | None = None
     validation_rows: int | None = None
     seed: int = 0
@@ -89,4 +93,5 @@ class RunConfig:
         """Rebuilds what `to_dict` wrote. Raises TypeError if a field is unknown."""
         parts = {"data": DataConfig, "refinement": RefinementConfig, "optimiser": OptimiserConfig}
         built = {name: kind(**values[name]) for name, kind in parts.items()}
-        return RunConfig(**{**values, **built, "architecture": Architecture.from_dict(values["architecture"])})
+        frozen = tuple(values.get("frozen", ()))
+        return RunConfig(**{**values, **built, "frozen": frozen, "architecture": Architecture.from_dict(values["architecture"])})

@@ -2,7 +2,7 @@
 
 - ELBO after 0 … K steps, by at least 20 fresh samples per row that the refinement never saw;
 - log p(x), importance-weighted with 5,000 samples from q at the trained K (Burda 2016, as Marino 2018, Table 1);
-- the amortization gap L(λ*) − L(λ_K), λ* by Adam on each row's own λ until nothing is gained (Cremer 2018, papers.md section 6);
+- the amortization gap L(λ*) − L(λ_K), λ* by Adam on each row's own λ until nothing is gained (Cremer 2018);
 - how far the answer depends on the seed of the inference noise, and the time of one step.
 """
 

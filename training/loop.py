@@ -27,7 +27,7 @@ from tqdm import tqdm
 from models.catalogue import build
 from models.objective import Noise, elbo
 from models.refinement import steps as refinement_states
-from training.checkpoint import LAST, load_last, save_last, save_weights
+from training.checkpoint import LAST, load_last, load_weights, save_last, save_weights
 from training.config import RunConfig
 from training.data.batches import Batches
 from training.data.binarise import observe
@@ -87,12 +87,18 @@ class Trainer:
         train, valid = self.images.train, self.images.valid
         self.train_x = self._resident(train[: run.train_rows])
         self.valid_x = self._resident(valid[: run.validation_rows])
-        self.model = build(run.architecture, seed=run.seed).to(self.device)
+        self.model = build(run.architecture, seed=run.seed)
+        self.epochs_before = 0
+        if run.parent is not None:
+            parent, _, facts = load_weights(folder.parent / run.parent)
+            self.model.load_state_dict(parent.state_dict())
+            self.epochs_before = int(facts["epoch"])
+        self.model.to(self.device)
         self.parts = {"generative": self.model.generative, "inference": self.model.inference}
         self.optimisers = {
             name: torch.optim.Adam(part.parameters(), lr=run.optimiser.learning_rate, fused=True)
             for name, part in self.parts.items()
-            if any(True for _ in part.parameters())
+            if name not in run.frozen and any(True for _ in part.parameters())
         }
         self.generators = {name: torch.Generator("cpu" if name == "order" else self.device) for name in GENERATORS}
         self._seed_generators(0)
@@ -132,7 +138,7 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = run.optimiser.rate(self.batches.epoch, run.epochs)
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.updates += 1
         return trace
 
@@ -328,7 +334,7 @@ class Trainer:
         return True
 
     def _facts(self, line: dict[str, Any]) -> dict[str, Any]:
-        return {"epoch": self.batches.epoch, "valid_elbo": line.get("valid_elbo"), "data_sha256": self.images.sha256, **machine()}
+        return {"epoch": self.epochs_before + self.batches.epoch, "valid_elbo": line.get("valid_elbo"), "data_sha256": self.images.sha256, **machine()}
 
 
 def machine() -> dict[str, str]:

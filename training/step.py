@@ -1,4 +1,4 @@
-"""One update of φ and θ, as published (Marino 2018, Algorithm 1 in training; digest: papers.md, section 2.3).
+"""One update of φ and θ, as published (Marino 2018, Algorithm 1 in training).
 
     for i = 1 … K:   λ_i = f_φ(x, sg[λ_{i−1}], sg[∇λ L(λ_{i−1})])
     φ descends  −(1/K) Σ_i L(λ_i),   each term through its own call of f only;   θ descends  −L(λ_K).

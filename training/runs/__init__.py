@@ -10,6 +10,8 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     "mnist-iterative": mnist.mnist_iterative,
     "mnist-direct-short": mnist.mnist_direct_short,
     "mnist-iterative-short": mnist.mnist_iterative_short,
+    "mnist-direct-polished": mnist.mnist_direct_polished,
+    "mnist-iterative-polished": mnist.mnist_iterative_polished,
     "mnist-landscape": mnist.mnist_landscape,
     "digits-tiny": mnist.digits_tiny,
 }

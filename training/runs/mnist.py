@@ -47,13 +47,36 @@ def _short(run: RunConfig, name: str) -> RunConfig:
 
 
 def mnist_iterative_short() -> RunConfig:
-    """The checkpoint served as `mnist-iterative`."""
+    """First phase of the iterative checkpoint that ships."""
     return _short(mnist_iterative(), "mnist-iterative-short")
 
 
 def mnist_direct_short() -> RunConfig:
-    """The checkpoint served as `mnist-direct`."""
+    """First phase of the direct checkpoint that ships."""
     return _short(mnist_direct(), "mnist-direct-short")
+
+
+def _polished(run: RunConfig, name: str) -> RunConfig:
+    """φ alone for a few more epochs, θ fixed: what inference can still gain on a decoder that no longer moves (cf. He 2019)."""
+    return replace(
+        run,
+        name=name,
+        parent=run.name,
+        frozen=("generative",),
+        epochs=12,
+        optimiser=OptimiserConfig(learning_rate=4e-4, decay="cosine", clip_norm=50.0),
+    )
+
+
+def mnist_iterative_polished() -> RunConfig:
+    """The checkpoint served as `mnist-iterative`: 10 steps per update, so that late steps are trained too."""
+    run = _polished(mnist_iterative_short(), "mnist-iterative-polished")
+    return replace(run, refinement=replace(run.refinement, steps=10))
+
+
+def mnist_direct_polished() -> RunConfig:
+    """The checkpoint served as `mnist-direct`: the same epochs with the decoder fixed."""
+    return _polished(mnist_direct_short(), "mnist-direct-polished")
 
 
 def mnist_landscape() -> RunConfig:

@@ -1,0 +1,98 @@
+"""The models in checkpoints/: what the service says of them is true of them, on real digits.
+
+1,000 rows: each of the 320 digits of tests/data/mnist_sample.npz binarised several times.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.artifact import WEIGHTS, Artifact, list_versions
+from service.engine.onnx import OnnxEngine
+from service.scheduler.job import Ask, Budget, Job, StopReason
+from service.scheduler.scheduler import Scheduler
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = {name: path for name, _, path in list_versions(ROOT / "checkpoints")}
+ROWS, STEPS, SAMPLES, INDEPENDENT = 1000, 64, 8, 1000
+
+
+@pytest.fixture(scope="module")
+def digits() -> np.ndarray:
+    with np.load(ROOT / "tests/data/mnist_sample.npz") as sample:
+        pixels = np.concatenate([sample["train"], sample["valid"]]).reshape(-1, 784)
+    pixels = np.resize(pixels, (ROWS, 784))
+    return (np.random.default_rng(0).random(pixels.shape) < pixels / 255).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def iterative() -> OnnxEngine:
+    return OnnxEngine(Artifact.open(SHIPPED["mnist-iterative"]), threads=2)
+
+
+def serve(engine: OnnxEngine, x: np.ndarray, steps: int, samples: int, *, events: bool = False):
+    scheduler = Scheduler(slots=len(x))
+    scheduler.add_model("shipped", engine)
+    job = Job(
+        model="shipped",
+        seeds=np.arange(len(x), dtype=np.uint64),
+        budget=Budget(steps),
+        ask=Ask(samples=samples, trace=True),
+        x=x,
+        mask=np.ones_like(x),
+        on_step=(lambda event: None) if events else None,
+    )
+    ticket = scheduler.enqueue(job)
+    scheduler.drain()
+    if isinstance(ticket.outcome, BaseException):
+        raise ticket.outcome
+    return ticket.outcome
+
+
+def independent_elbo(engine: OnnxEngine, x: np.ndarray, carry: dict[str, np.ndarray]) -> np.ndarray:
+    """(R, INDEPENDENT) ELBO samples by noise that the service never draws."""
+    generator = np.random.default_rng(99)
+    latent = engine.card.levels[0].size
+    parts = []
+    for rows in np.array_split(np.arange(len(x)), 40):
+        noise = generator.standard_normal((len(rows), INDEPENDENT, latent), dtype=np.float32)
+        arrays = {"x": x[rows], "mask": np.ones_like(x[rows]), "noise0": noise, **{name: value[rows] for name, value in carry.items()}}
+        wanted = {tensor.name for tensor in engine.card.programs["score"].inputs}
+        scores = engine.run("score", {name: value for name, value in arrays.items() if name in wanted})
+        parts.append(scores["log_likelihood"] - scores["kl"].sum(1, keepdims=True))
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_a_shipped_artifact_is_whole_small_and_says_where_it_comes_from(name):
+    artifact = Artifact.open(SHIPPED[name])
+    sizes = {file: spec.bytes for file, spec in artifact.card.files.items()}
+    assert sum(sizes.values()) <= min(8e6, 1.3 * sizes[WEIGHTS])
+    assert {"commit", "seed", "run", "data", "libraries"} <= artifact.card.provenance.keys()
+
+
+def test_the_elbo_rises_with_the_steps_and_stays(iterative, digits):
+    result = serve(iterative, digits[:200], STEPS, 16)
+    trace = np.array(result.trace).mean(0)
+    assert trace[0] < trace[1] < trace[2] < trace[5]
+    assert trace[STEPS] > trace[5] - 0.2
+
+
+@pytest.mark.parametrize("events", [False, True], ids=["plain replies", "the best of events"])
+def test_the_elbo_a_reply_states_is_unbiased(iterative, digits, events):
+    result = serve(iterative, digits, STEPS, SAMPLES, events=events)
+    independent = independent_elbo(iterative, digits, result.carry)
+    difference = result.elbo - independent.mean(1)
+    error = difference.std(ddof=1) / np.sqrt(ROWS)
+    assert abs(difference.mean()) < min(0.1, 3 * error)
+
+
+def test_the_direct_model_answers_any_number_of_steps_with_none_and_is_worse(iterative, digits):
+    direct = OnnxEngine(Artifact.open(SHIPPED["mnist-direct"]), threads=2)
+    result = serve(direct, digits[:500], 5, 16)
+    assert set(result.stop_reason) == {StopReason.CONVERGED}
+    assert result.steps_used.max() == 0
+    assert serve(iterative, digits[:500], 5, 16).elbo.mean() > result.elbo.mean() + 0.9
