@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     train.set_defaults(action=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure checkpoints side by side, on validation rows")
-    evaluate.add_argument("checkpoint", type=Path, nargs="+", help="folders of checkpoints, or of runs")
+    evaluate.add_argument("checkpoint", type=Path, nargs="+", help="folders of checkpoints, of runs, or of artifacts")
     evaluate.add_argument("--rows", type=int, default=5000)
     evaluate.add_argument("--importance-rows", type=int, default=1000, help="rows of the 5,000-sample log p(x)")
     evaluate.add_argument("--gap-rows", type=int, default=500)
@@ -73,6 +73,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from models.artifact import CARD
     from training.checkpoint import load_weights
     from training.evaluate import Effort, evaluate, save, table
 
@@ -82,7 +83,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     for folder in args.checkpoint:
         model, run, facts = load_weights(folder)
         evaluations.append(evaluate(model, run, facts, effort, args.data))
-        save(evaluations[-1], folder)
+        if not (folder / CARD).exists():  # an artifact's folder never changes
+            save(evaluations[-1], folder)
     print(table(evaluations))
     return 0
 
@@ -103,13 +105,14 @@ def _set_threads(threads: int | None) -> None:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
+    from models.artifact import ArtifactError
     from training.checkpoint import CheckpointError
     from training.data.errors import DataError
     from training.export import ExportError
     from training.loop import TrainingFailed
     from training.report.subject import ReportError
 
-    return (CheckpointError, DataError, ExportError, ReportError, TrainingFailed, FileExistsError)
+    return (ArtifactError, CheckpointError, DataError, ExportError, ReportError, TrainingFailed, FileExistsError)
 
 
 if __name__ == "__main__":

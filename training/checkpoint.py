@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.architecture import Architecture
+from models.artifact import CARD, WEIGHTS, Artifact
 from models.catalogue import LatentModel, build
 from training.config import RunConfig
 
@@ -49,7 +50,7 @@ def load_last(folder: Path, device: torch.device) -> dict[str, Any] | None:
 def save_weights(folder: Path, model: LatentModel, run: RunConfig, facts: Mapping[str, Any]) -> None:
     """Writes weights and what is needed to rebuild the model around them. `facts`: epoch, validation ELBO and so on."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "weights.safetensors"
+    weights = folder / WEIGHTS
     partial = weights.with_suffix(".partial")
     save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, partial)
     os.replace(partial, weights)
@@ -63,18 +64,23 @@ def load_weights(folder: Path) -> tuple[LatentModel, RunConfig, dict[str, Any]]:
     """Rebuilds a model from its architecture and loads its weights strictly.
 
     Args:
-        folder: one that `save_weights` wrote, or a run's folder (then its `best`, else its `final`).
+        folder: one that `save_weights` wrote; or a run's folder (then its `best`, else its `final`); or an exported artifact.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none. ArtifactError: the artifact is not whole.
     """
+    if (folder / CARD).exists():
+        provenance = Artifact.open(folder).card.provenance
+        return _rebuild(folder, provenance["run"], {"epoch": provenance.get("epoch")})
     for candidate in (folder, folder / "best", folder / "final"):
-        if (candidate / "checkpoint.json").exists() and (candidate / "weights.safetensors").exists():
-            break
-    else:
-        raise CheckpointError(f"{folder}: no checkpoint here (checkpoint.json, weights.safetensors): train one with `elbow-train train`")
-    facts = json.loads((candidate / "checkpoint.json").read_text())
-    run = RunConfig.from_dict(facts.pop("run"))
-    model = build(Architecture.from_dict(run.architecture.to_dict()))
-    model.load_state_dict(load_file(candidate / "weights.safetensors"), strict=True)
-    return model.eval().requires_grad_(False), run, facts
+        if (candidate / "checkpoint.json").exists() and (candidate / WEIGHTS).exists():
+            facts = json.loads((candidate / "checkpoint.json").read_text())
+            return _rebuild(candidate, facts.pop("run"), facts)
+    raise CheckpointError(f"{folder}: no checkpoint here (checkpoint.json, {WEIGHTS}): train one with `elbow-train train`")
+
+
+def _rebuild(folder: Path, run: Mapping[str, Any], facts: dict[str, Any]) -> tuple[LatentModel, RunConfig, dict[str, Any]]:
+    config = RunConfig.from_dict(run)
+    model = build(Architecture.from_dict(config.architecture.to_dict()))
+    model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    return model.eval().requires_grad_(False), config, facts

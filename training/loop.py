@@ -334,7 +334,8 @@ class Trainer:
         return True
 
     def _facts(self, line: dict[str, Any]) -> dict[str, Any]:
-        return {"epoch": self.epochs_before + self.batches.epoch, "valid_elbo": line.get("valid_elbo"), "data_sha256": self.images.sha256, **machine()}
+        epoch = self.epochs_before + self.batches.epoch
+        return {"epoch": epoch, "valid_elbo": line.get("valid_elbo"), "data_sha256": self.images.sha256, **machine()}
 
 
 def machine() -> dict[str, str]:
