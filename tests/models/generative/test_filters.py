@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.testing import assert_close
 
+from models.catalogue import FILTERS
 from models.filtering import predict
 from models.gaussian import DiagonalGaussian
 from models.generative.filter import FilterGenerative, FilterState
@@ -194,3 +196,17 @@ def test_the_state_of_an_srnn_holds_the_next_deterministic_state_already(generat
     # d_{t+1} depends on x up to t alone, and the prediction on both
     assert_close(model.predict(state).context["h"], model.predict(other).context["h"])
     assert not torch.allclose(model.predict(state).prior.mu, model.predict(other).prior.mu)
+
+
+@pytest.mark.parametrize("kind", ["vrnn", "srnn"])
+def test_the_weights_of_a_gaussian_model_score_the_mass_of_quantised_frames_too(kind: str, generator: torch.Generator) -> None:
+    architecture = replace(GENERATIVE["vrnn" if kind == "vrnn" else "srnn gru gaussian"], interval=1e-3)
+    density, mass = FILTERS[kind](architecture).double(), FILTERS[kind](replace(architecture, likelihood="quantised_gaussian")).double()
+    density.set_statistics(torch.tensor(0.1), torch.tensor(0.6))
+    mass.load_state_dict(density.state_dict(), strict=True)
+    state, z = state_of(density, generator), (noise(density, generator),)
+    x = torch.randn(B, density.x_size, generator=generator, dtype=torch.float64)
+    mask = (x > -0.5).to(x.dtype)
+    # log of the mass of a narrow interval = log density + log(interval / std), per entry
+    width = mask.sum(-1, keepdim=True) * torch.log(1e-3 / density.x_std[0])
+    assert_close(predict(mass, state)(z).log_prob(x, mask), predict(density, state)(z).log_prob(x, mask) + width, rtol=0, atol=1e-4)
