@@ -8,7 +8,7 @@ Amortized variational filtering (Marino, Cvitkovic & Yue 2018, Algorithm 1; dige
 Nothing that θ or φ is differentiated by depends on a gradient path through the chain of z. So the chain runs once,
 frame by frame, without autograd; with every z and λ then known, both gradients are taken over all frames at once: θ
 from one pass of the model over (T · B) rows, φ from one call of f on (K · T · B) rows. Same gradients as the published
-loop (tests/training/test_sequence_step.py), in a tenth of its operations.
+loop (tests/training/test_sequence_step.py has it), in a fraction of its operations; docs/log.md has the times.
 
 A custom-designed filter is trained as in its own papers: full back-propagation of −Σ_t L_t through time, reparameterised
 through the chain of z. Sums over rows and frames. Shapes: B rows, T frames, S samples, D latent size, X size of x.
@@ -40,7 +40,7 @@ class Chunk:
 
     Attributes:
         x, mask: (B, T, X).
-        weights: (B, T), what each frame counts for: 0 for padding after a sequence's end, and where a frame only initialises.
+        weights: (B, T), what each frame counts for: 0 for padding after a sequence's end, and where a frame only initialises (1 for a missing one).
         noise: (T, K + 1, B, S, D), standard normal. The first K drive the steps, the last draws z. An own filter has K = 0.
         state: where the sequences stand before the chunk; None at their beginning.
         restart: (B,) bool, rows that begin all the same; None = none of them.
@@ -55,9 +55,9 @@ class Chunk:
 
     @property
     def needs_filling(self) -> bool:
-        """Whether some unobserved entry is fed on to a frame that counts. Padding is not: it comes last."""
-        later = self.weights.flip(1).cumsum(1).flip(1) - self.weights
-        return bool(((self.mask == 0).any(-1) & (later > 0)).any())
+        """Whether some unobserved entry is fed on: in a frame that counts, or before one. Padding does neither: it comes last."""
+        onwards = self.weights.flip(1).cumsum(1).flip(1)
+        return bool(((self.mask == 0).any(-1) & (onwards > 0)).any())
 
 
 @dataclass(frozen=True)

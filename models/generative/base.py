@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -17,9 +17,9 @@ class Conditional(Protocol):
     @property
     def latent_sizes(self) -> tuple[int, ...]: ...
 
-    # nn.Module declares __call__ this way; it takes the samples of every level and gives p(x|z)
-    @property
-    def __call__(self) -> Any: ...
+    def __call__(self, z: tuple[Tensor, ...]) -> Likelihood:
+        """p(x|z) with one entry per row and sample."""
+        ...
 
     def expected_log_likelihood(self, q: Posterior, z: tuple[Tensor, ...], x: Tensor, mask: Tensor) -> Tensor:
         """E_q[log p(x|z)] over observed entries, in nats: (B,). From the samples z unless a closed form is known."""

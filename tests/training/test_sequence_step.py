@@ -145,8 +145,10 @@ def test_an_update_sees_what_the_filter_sees(generative: str, inference: str, ge
 def test_two_chunks_with_the_state_carried_see_what_one_sees(inference: str, generator: torch.Generator) -> None:
     model = small_filter("srnn", inference)
     whole = chunk_for(model, generator, K if inference == "avf" else 0, complete=True)
+    whole.mask[:, 3, 2] = 0
     seen = accumulate_sequence(model, whole)
     state, parts = None, []
+    # an entry that is missing at a chunk's end is fed on into the next
     for part in pieces(whole, 2):
         result = accumulate_sequence(model, Chunk(*part, state))
         assert not any(value.requires_grad for value in result.state.values())
@@ -197,9 +199,12 @@ def test_only_a_gap_that_is_fed_on_needs_filling() -> None:
     weights[1, 2:] = 0
     mask[1, 2:] = 0
     assert not Chunk(x, mask, weights, noise).needs_filling
-    mask[0, 3] = 0
-    assert not Chunk(x, mask, weights, noise).needs_filling
-    mask[0, 1, 2] = 0
+    # the last frame of a chunk goes on into the next one
+    mask[0, 3, 1] = 0
+    assert Chunk(x, mask, weights, noise).needs_filling
+    mask[0, 3, 1] = 1
+    # a frame that only initialises is fed on too
+    mask[0, 0, 2], weights[0, 0] = 0, 0
     assert Chunk(x, mask, weights, noise).needs_filling
 
 
