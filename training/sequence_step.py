@@ -40,7 +40,8 @@ class Chunk:
 
     Attributes:
         x, mask: (B, T, X).
-        weights: (B, T), what each frame counts for: 0 for padding after a sequence's end, and where a frame only initialises (1 for a missing one).
+        weights: (B, T), what each frame counts for: 0 for padding after a sequence's end, and where a frame only initialises;
+            1 for a missing frame in the midst.
         noise: (T, K + 1, B, S, D), standard normal. The first K drive the steps, the last draws z. An own filter has K = 0.
         state: where the sequences stand before the chunk; None at their beginning.
         restart: (B,) bool, rows that begin all the same; None = none of them.
