@@ -20,11 +20,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RefinementConfig:
-    """K refinement steps per update, and S samples per step (antithetic: in pairs ε, −ε). A direct model only has S."""
+    """K refinement steps per update, and S samples per step (antithetic: in pairs ε, −ε). A direct model only has S.
+
+    late: in φ's loss step i weighs in proportion to i, instead of all alike.
+    """
 
     steps: int = 5
     samples: int = 1
     antithetic: bool = False
+    late: bool = False
 
 
 @dataclass(frozen=True)

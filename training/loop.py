@@ -103,7 +103,7 @@ class Trainer:
         self.generators = {name: torch.Generator("cpu" if name == "order" else self.device) for name in GENERATORS}
         self._seed_generators(0)
         self.batches = Batches(self.train_x, run.batch_size, self.generators["order"], drop_last=run.compiled)
-        self.gradients = Gradients(self.model, run.refinement.steps, self._autocast, run.compiled)
+        self.gradients = Gradients(self.model, run.refinement.steps, self._autocast, run.compiled, run.refinement.late)
         self.updates = 0
         self.best = -math.inf
         self.sums: dict[str, list[float]] = {}

@@ -1,7 +1,7 @@
 """One update of φ and θ, as published (Marino 2018, Algorithm 1 in training).
 
     for i = 1 … K:   λ_i = f_φ(x, sg[λ_{i−1}], sg[∇λ L(λ_{i−1})])
-    φ descends  −(1/K) Σ_i L(λ_i),   each term through its own call of f only;   θ descends  −L(λ_K).
+    φ descends  −Σ_i w_i L(λ_i),   each term through its own call of f only;   θ descends  −L(λ_K).      w_i = 1/K
 
 ∇λ L(λ_i), which the next call of f reads, is also all that the loss at λ_i sends into φ. So each λ_i costs one decoder
 pass forward and one back to λ, and φ's backward runs once at the end from these gradients. Sums over rows.
@@ -55,11 +55,18 @@ def fresh_noise(
 
 
 def accumulate(
-    model: LatentModel, x: Tensor, mask: Tensor, refinement_steps: int, noise: FreshNoise, kl_weight: float | Tensor = 1.0
+    model: LatentModel,
+    x: Tensor,
+    mask: Tensor,
+    refinement_steps: int,
+    noise: FreshNoise,
+    kl_weight: float | Tensor = 1.0,
+    late: bool = False,
 ) -> list[Seen]:
     """Adds the gradients of one update to φ and θ; gives what was seen after 0 … K steps (direct: one entry).
 
-    `noise()` must give fresh noise at every call.
+    `noise()` must give fresh noise at every call. `late`: w_i ∝ i instead of 1/K, so that the small gains of late steps
+    count beside the large ones of the first (Lin 2019, IODINE).
     """
     if not model.inference.refines:
         state, _ = begin(model.generative, model.inference, x, mask)
@@ -72,16 +79,17 @@ def accumulate(
 
     state, context = begin(model.generative, model.inference, x, mask)
     state = _leaf(state)
+    weights = [2 * (i + 1) / (refinement_steps + 1) / refinement_steps if late else 1 / refinement_steps for i in range(refinement_steps)]
     trace: list[Seen] = []
     outputs: list[Tensor] = []
     gradients: list[Tensor] = []
-    for _ in range(refinement_steps):
+    for k in range(refinement_steps):
         with torch.no_grad():
             # θ gets nothing from here: func.grad differentiates λ alone, and no_grad keeps θ out of the graph
             seen = evidence(model.generative, state.q, x, mask, noise(), errors=model.inference.reads_errors, kl_weight=kl_weight)
         trace.append(_seen(seen.terms, _pairs(seen.grad)))
         if outputs:
-            gradients += [part / -refinement_steps for part in _pairs(seen.grad)]
+            gradients += [part * -weights[k - 1] for part in _pairs(seen.grad)]
         new = model.inference.step(state, context, seen)
         outputs += _pairs(new.q)
         # stop-gradient between steps: no term reaches φ through an earlier call
@@ -92,7 +100,7 @@ def accumulate(
     (-terms.annealed(kl_weight).sum()).backward()
     descent = _gradients(last.q)
     trace.append(_seen(terms, descent))
-    torch.autograd.backward(outputs, gradients + [part / refinement_steps for part in descent])
+    torch.autograd.backward(outputs, gradients + [part * weights[-1] for part in descent])
     return trace
 
 

@@ -12,6 +12,7 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     "mnist-iterative-short": mnist.mnist_iterative_short,
     "mnist-direct-polished": mnist.mnist_direct_polished,
     "mnist-iterative-polished": mnist.mnist_iterative_polished,
+    "mnist-iterative-late": mnist.mnist_iterative_late,
     "mnist-landscape": mnist.mnist_landscape,
     "digits-tiny": mnist.digits_tiny,
 }

@@ -56,27 +56,33 @@ def mnist_direct_short() -> RunConfig:
     return _short(mnist_direct(), "mnist-direct-short")
 
 
-def _polished(run: RunConfig, name: str) -> RunConfig:
+def _polished(run: RunConfig, name: str, epochs: int = 12) -> RunConfig:
     """φ alone for a few more epochs, θ fixed: what inference can still gain on a decoder that no longer moves (cf. He 2019)."""
     return replace(
         run,
         name=name,
         parent=run.name,
         frozen=("generative",),
-        epochs=12,
+        epochs=epochs,
         optimiser=OptimiserConfig(learning_rate=4e-4, decay="cosine", clip_norm=50.0),
     )
 
 
 def mnist_iterative_polished() -> RunConfig:
-    """The checkpoint served as `mnist-iterative`: 10 steps per update, so that late steps are trained too."""
+    """Second phase: 10 steps per update, so that late steps are trained too."""
     run = _polished(mnist_iterative_short(), "mnist-iterative-polished")
     return replace(run, refinement=replace(run.refinement, steps=10))
 
 
+def mnist_iterative_late() -> RunConfig:
+    """Third phase, and the checkpoint served as `mnist-iterative`: late steps weigh more."""
+    run = _polished(mnist_iterative_polished(), "mnist-iterative-late", epochs=8)
+    return replace(run, refinement=replace(run.refinement, late=True))
+
+
 def mnist_direct_polished() -> RunConfig:
-    """The checkpoint served as `mnist-direct`: the same epochs with the decoder fixed."""
-    return _polished(mnist_direct_short(), "mnist-direct-polished")
+    """The checkpoint served as `mnist-direct`: as many epochs with the decoder fixed as its rival had."""
+    return _polished(mnist_direct_short(), "mnist-direct-polished", epochs=20)
 
 
 def mnist_landscape() -> RunConfig:
