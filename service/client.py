@@ -134,6 +134,11 @@ class Reply:
         """(R,) in nats; NaN where it was not finite or not asked for."""
         return np.asarray([np.nan if row.elbo is None else row.elbo for row in self.rows])
 
+    @property
+    def log_px(self) -> NDArray[np.float64]:
+        """(R,) importance-weighted log p(x) of `score`, in nats; NaN where it was not asked for."""
+        return np.asarray([np.nan if row.log_px is None else row.log_px for row in self.rows])
+
 
 @dataclass(frozen=True, eq=False)
 class StepEvent:
