@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from models.architecture import Architecture, DirectArchitecture, IterativeArchitecture, VAEArchitecture
-from training.config import DataConfig, OptimiserConfig, RefinementConfig, RunConfig
+from training.config import OptimiserConfig, RefinementConfig, RunConfig
 
 ENCODINGS = ("x", "grad_layer_norm", "grad_log_sign", "q")
 
@@ -56,6 +56,10 @@ def mnist_direct_short() -> RunConfig:
     return _short(mnist_direct(), "mnist-direct-short")
 
 
+def _brief() -> OptimiserConfig:
+    return OptimiserConfig(learning_rate=1e-3, decay="cosine", clip_norm=50.0)
+
+
 def _polished(run: RunConfig, name: str, epochs: int = 12) -> RunConfig:
     """φ alone for a few more epochs, θ fixed: what inference can still gain on a decoder that no longer moves (cf. He 2019)."""
     return replace(
@@ -93,7 +97,10 @@ def mnist_landscape() -> RunConfig:
         name="mnist-landscape",
         architecture=replace(run.architecture, generative=VAEArchitecture(latent=2)),
         refinement=replace(run.refinement, steps=16),
+        optimiser=_brief(),
+        train_rows=30_000,
         epochs=3,
+        compiled=False,
     )
 
 
@@ -106,9 +113,10 @@ def digits_tiny() -> RunConfig:
         architecture=Architecture(
             VAEArchitecture(latent=16, hidden=(128, 128)), IterativeArchitecture(encodings=ENCODINGS, hidden=(128, 128))
         ),
-        data=DataConfig("mnist"),
         train_rows=10_000,
         validation_rows=1_000,
+        batch_size=64,
+        optimiser=_brief(),
         epochs=10,
         precision="32-true",
         compiled=False,
