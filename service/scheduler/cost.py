@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-_WORTH = 0.9
+_WORTH = 0.97
 """A batch twice as large is worth its longer run if it costs at most this much per row."""
 
 
@@ -78,7 +78,7 @@ class CostModel:
 
     @staticmethod
     def _efficient(table: list[float], limit: int, fixed: float) -> int:
-        """The size from which on doubling saves less than a tenth per row."""
+        """The size from which on doubling saves less than 3 % per row."""
         size, bucket = 1, 0
         while 2 * size <= limit and bucket + 1 < len(table) and fixed + table[bucket + 1] < 2 * _WORTH * (fixed + table[bucket]):
             size, bucket = 2 * size, bucket + 1
