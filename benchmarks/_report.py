@@ -32,6 +32,11 @@ def keep(name: str, results: Mapping[str, Any]) -> Path:
     return file
 
 
+def artifact_name(path: Path) -> str:
+    """name/version of an artifact's folder: where it lay on this machine is nobody's business."""
+    return "/".join(path.resolve().parts[-2:])
+
+
 def _where_and_when() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=RESULTS.parent).stdout.strip()
     return {

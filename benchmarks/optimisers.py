@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from _model import PlainEager, eager_model
-from _report import keep, table
+from _report import artifact_name, keep, table
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -241,7 +241,7 @@ def main() -> None:
     print(table(("batch", "method", "steps", "ms", "× steps", "× time"), rows))
     found = {"level": level, "best": best, "ends": ends, "rates": {kind: a.learning_rate for kind, a in tuned.items()}}
     found |= {"steps": {"learned": learned, **counts}, "learned_curve": curve, "threads": args.threads, "ms": results}
-    print(f"kept in {keep('optimisers', {'artifact': str(args.artifact), **found})}")
+    print(f"kept in {keep('optimisers', {'artifact': artifact_name(args.artifact), **found})}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from _report import keep, table
+from _report import artifact_name, keep, table
 from _timing import time_in_turn
 
 ARTIFACT = Path(__file__).parents[1] / "checkpoints" / "mnist-iterative" / "1"
@@ -45,7 +45,7 @@ def main() -> None:
     columns = ("threads", "batch", "eager", "torchscript", "onnx", "floor", "matrices", "reading", "GFLOP/s", *ratios)
     print(f"µs per step, medians; {args.artifact}")
     print(table(columns, [[row[column] for column in columns] for row in results]))
-    print(f"kept in {keep('steps', {'artifact': str(args.artifact), 'seconds': args.seconds, 'steps': results})}")
+    print(f"kept in {keep('steps', {'artifact': artifact_name(args.artifact), 'seconds': args.seconds, 'steps': results})}")
 
 
 def in_a_fresh_process(artifact: Path, threads: int, seconds: float) -> list[dict[str, Any]]:
