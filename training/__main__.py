@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("run", help="a name in training/runs, for example digits-tiny")
     train.add_argument("--output", type=Path, help="folder of the run (default runs/NAME)")
     train.add_argument("--seed", type=int)
+    train.add_argument("--seconds", type=float, help="of a sequence model: train for so many seconds of updates")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.add_argument("--threads", type=int, help="CPU threads of torch")
     train.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
@@ -56,8 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from training.loop import Trainer, fabric_for
+    from training.loop import Trainer
+    from training.run_loop import RunLoop, fabric_for
     from training.runs import RUNS
+    from training.sequence_config import SequenceRunConfig
+    from training.sequence_loop import SequenceTrainer
 
     if args.run not in RUNS:
         print(f"elbow-train: run {args.run!r} is unknown: one of {', '.join(RUNS)}", file=sys.stderr)
@@ -66,22 +70,31 @@ def _train(args: argparse.Namespace) -> int:
     run = RUNS[args.run]()
     if args.seed is not None:
         run = replace(run, seed=args.seed)
+    if args.seconds is not None and not isinstance(run, SequenceRunConfig):
+        print(f"elbow-train: --seconds is for sequence models; {run.name} ends after its epochs", file=sys.stderr)
+        return 2
     fabric = fabric_for(args.device)
     fabric.launch()
-    Trainer(run, args.output or Path("runs") / run.name, fabric, args.data).fit()
+    folder = args.output or Path("runs") / run.name
+    loop: RunLoop
+    if isinstance(run, SequenceRunConfig):
+        loop = SequenceTrainer(run if args.seconds is None else replace(run, seconds=args.seconds), folder, fabric, args.data)
+    else:
+        loop = Trainer(run, folder, fabric, args.data)
+    loop.fit()
     return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from models.artifact import CARD
-    from training.checkpoint import load_weights
+    from training.checkpoint import load_static
     from training.evaluate import Effort, evaluate, save, table
 
     _set_threads(args.threads)
     effort = Effort(rows=args.rows, importance_rows=args.importance_rows, gap_rows=args.gap_rows)
     evaluations = []
     for folder in args.checkpoint:
-        model, run, facts = load_weights(folder)
+        model, run, facts = load_static(folder)
         evaluations.append(evaluate(model, run, facts, effort, args.data))
         if not (folder / CARD).exists():  # an artifact's folder never changes
             save(evaluations[-1], folder)
@@ -109,8 +122,8 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from training.checkpoint import CheckpointError
     from training.data.errors import DataError
     from training.export import ExportError
-    from training.loop import TrainingFailed
     from training.report.subject import ReportError
+    from training.run_loop import TrainingFailed
 
     return (ArtifactError, CheckpointError, DataError, ExportError, ReportError, TrainingFailed, FileExistsError)
 

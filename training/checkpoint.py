@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.architecture import Architecture
 from models.artifact import CARD, WEIGHTS, Artifact
-from models.catalogue import LatentModel, build
+from models.catalogue import FILTERS, FilterModel, LatentModel, build, build_filter
 from training.config import RunConfig
+from training.sequence_config import SequenceRunConfig
+
+Loaded = tuple[LatentModel, RunConfig, dict[str, Any]] | tuple[FilterModel, SequenceRunConfig, dict[str, Any]]
 
 LAST = "last.pt"
 
@@ -47,7 +49,7 @@ def load_last(folder: Path, device: torch.device) -> dict[str, Any] | None:
     return torch.load(file, map_location=device, weights_only=True) if file.exists() else None
 
 
-def save_weights(folder: Path, model: LatentModel, run: RunConfig, facts: Mapping[str, Any]) -> None:
+def save_weights(folder: Path, model: LatentModel | FilterModel, run: RunConfig | SequenceRunConfig, facts: Mapping[str, Any]) -> None:
     """Writes weights and what is needed to rebuild the model around them. `facts`: epoch, validation ELBO and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS
@@ -60,8 +62,8 @@ def save_weights(folder: Path, model: LatentModel, run: RunConfig, facts: Mappin
     os.replace(partial, description)
 
 
-def load_weights(folder: Path) -> tuple[LatentModel, RunConfig, dict[str, Any]]:
-    """Rebuilds a model from its architecture and loads its weights strictly.
+def load_weights(folder: Path) -> Loaded:
+    """Rebuilds a model from its architecture and loads its weights strictly. The kind of the run says which kind of model it is.
 
     Args:
         folder: one that `save_weights` wrote; or a run's folder (then its `best`, else its `final`); or an exported artifact.
@@ -79,8 +81,39 @@ def load_weights(folder: Path) -> tuple[LatentModel, RunConfig, dict[str, Any]]:
     raise CheckpointError(f"{folder}: no checkpoint here (checkpoint.json, {WEIGHTS}): train one with `elbow-train train`")
 
 
-def _rebuild(folder: Path, run: Mapping[str, Any], facts: dict[str, Any]) -> tuple[LatentModel, RunConfig, dict[str, Any]]:
-    config = RunConfig.from_dict(run)
-    model = build(Architecture.from_dict(config.architecture.to_dict()))
-    model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    return model.eval().requires_grad_(False), config, facts
+def load_static(folder: Path) -> tuple[LatentModel, RunConfig, dict[str, Any]]:
+    """`load_weights` where only a static model will do.
+
+    Raises:
+        CheckpointError: it is a sequence model.
+    """
+    model, run, facts = load_weights(folder)
+    if not isinstance(model, LatentModel) or not isinstance(run, RunConfig):
+        raise CheckpointError(f"{folder}: holds a sequence model ({run.name}); a static one is needed here")
+    return model, run, facts
+
+
+def load_filter(folder: Path) -> tuple[FilterModel, SequenceRunConfig, dict[str, Any]]:
+    """`load_weights` where only a sequence model will do.
+
+    Raises:
+        CheckpointError: it is a static model.
+    """
+    model, run, facts = load_weights(folder)
+    if not isinstance(model, FilterModel) or not isinstance(run, SequenceRunConfig):
+        raise CheckpointError(f"{folder}: holds a static model ({run.name}); a sequence model is needed here")
+    return model, run, facts
+
+
+def _rebuild(folder: Path, run: Mapping[str, Any], facts: dict[str, Any]) -> Loaded:
+    weights = load_file(folder / WEIGHTS)
+    if run["architecture"]["generative"]["kind"] in FILTERS:
+        sequence_run = SequenceRunConfig.from_dict(run)
+        filters = build_filter(sequence_run.architecture)
+        # beside its weights an exported filter keeps its first state
+        filters.load_state_dict({name: value for name, value in weights.items() if not name.startswith("begin.")}, strict=True)
+        return filters.eval().requires_grad_(False), sequence_run, facts
+    static_run = RunConfig.from_dict(run)
+    model = build(static_run.architecture)
+    model.load_state_dict(weights, strict=True)
+    return model.eval().requires_grad_(False), static_run, facts

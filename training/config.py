@@ -12,10 +12,17 @@ from models.architecture import Architecture
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`name`: a row of training/data/catalogue.py. `mask_probability`: how often a training row has a part hidden."""
+    """What a run learns from.
+
+    Attributes:
+        name: a row of training/data/catalogue.py.
+        mask_probability: how often a training row has a part hidden.
+        warp_probability: how often a grey training image is slightly turned, scaled, sheared and shifted.
+    """
 
     name: str = "mnist"
     mask_probability: float = 0.0
+    warp_probability: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,13 @@ class RefinementConfig:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """Adam for φ and θ alike.
+    """AdamW for φ and θ alike (without decay of the weights it is Adam).
 
     Attributes:
         decay: "exponential": × `per_epoch` each epoch, as published; "cosine": to zero at `horizon` (default: the last epoch).
         cooldown_epochs: over so many last epochs the rate also falls linearly to zero, wherever its decay stands then.
-        clip_norm: largest norm of the gradient of φ, and of θ, per row of the batch; None = no clipping.
+        clip_norm: largest norm of the gradient of φ, and of θ, per row (of sequences: per frame) of the batch; None = no clipping.
+        weight_decay: decoupled; the learning rate times this is the share of a weight that an update takes away.
     """
 
     learning_rate: float = 2e-4
@@ -47,8 +55,9 @@ class OptimiserConfig:
     horizon: int | None = None
     cooldown_epochs: int = 0
     clip_norm: float | None = None
+    weight_decay: float = 0.0
 
-    def rate(self, epoch: int, epochs: int) -> float:
+    def rate(self, epoch: float, epochs: int) -> float:
         """The learning rate in `epoch` (from 0) of `epochs`."""
         if self.decay == "exponential":
             rate = self.learning_rate * self.per_epoch**epoch

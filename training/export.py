@@ -38,13 +38,13 @@ from models.artifact import (
 from models.catalogue import LatentModel
 from models.likelihood import LIKELIHOODS
 from models.programs import Program, StaticPrograms, level_names, static_programs
-from training.checkpoint import load_weights
+from training.checkpoint import load_static
 from training.config import RunConfig
 from training.data.binarise import observe
 from training.data.catalogue import load
 from training.data.images import Images
 from training.evaluate import BINARISE_SEED, CURVE_STEPS, Evaluator
-from training.loop import machine
+from training.run_loop import machine
 from training.tracing import safetensors_offsets, to_onnx, to_torchscript, trace, weight_attribute
 
 MAX_STEPS = 128
@@ -81,7 +81,7 @@ def export(
     target = repository / name / version
     if target.exists():
         raise FileExistsError(f"{target} exists, and a version never changes: choose another --version")
-    model, run, facts = load_weights(checkpoint)
+    model, run, facts = load_static(checkpoint)
     images = load(run.data.name, data_root)
     partial = target.with_name(f".{version}.partial")
     shutil.rmtree(partial, ignore_errors=True)

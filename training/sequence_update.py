@@ -37,6 +37,8 @@ class SequenceGradients:
     def __init__(self, model: FilterModel, precision: torch.dtype | None = None, compiled: bool = True):
         self._model, self._precision = model, precision
         self._frames: dict[Key, CompiledFrame] = {}
+        self.compilations = 0
+        """How many chunk shapes were compiled for: an update that raised it took long."""
         self._seen: Counter[Key] = Counter()
         self._wants_compiled = compiled and model.inference.refines
 
@@ -51,6 +53,7 @@ class SequenceGradients:
         self._seen[key] += 1
         if key not in self._frames and self._seen[key] >= SIGHTINGS:
             self._frames[key] = CompiledFrame(self._model, chunk, self._precision)
+            self.compilations += 1
         return self._frames[key].chain() if key in self._frames else None
 
 

@@ -14,7 +14,8 @@ from models.refinement import steps
 from training.config import OptimiserConfig, RunConfig
 from training.data.binarise import binarise
 from training.data.masks import half_mask
-from training.loop import Trainer, fabric_for
+from training.loop import Trainer
+from training.run_loop import fabric_for
 from training.step import fresh_noise
 
 ROWS, SAMPLES = 64, 2

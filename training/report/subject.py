@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.catalogue import LatentModel
-from training.checkpoint import load_weights
+from training.checkpoint import load_static
 from training.config import RunConfig
 from training.data.binarise import observe
 from training.data.images import Images
@@ -43,7 +43,7 @@ class Subject:
     @staticmethod
     def load(folder: Path) -> Subject:
         """Raises CheckpointError if there is no checkpoint in the folder."""
-        model, run, facts = load_weights(folder)
+        model, run, facts = load_static(folder)
         return Subject(folder, model, run, facts, read_log(folder))
 
     @property

@@ -1,11 +1,12 @@
-"""Name -> function returning a complete RunConfig. `elbow-train train NAME`."""
+"""Name -> function returning a complete run. `elbow-train train NAME`."""
 
 from collections.abc import Callable
 
 from training.config import RunConfig
-from training.runs import mnist
+from training.runs import mnist, music, speech
+from training.sequence_config import SequenceRunConfig
 
-RUNS: dict[str, Callable[[], RunConfig]] = {
+RUNS: dict[str, Callable[[], RunConfig | SequenceRunConfig]] = {
     "mnist-direct": mnist.mnist_direct,
     "mnist-iterative": mnist.mnist_iterative,
     "mnist-direct-short": mnist.mnist_direct_short,
@@ -15,4 +16,6 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     "mnist-iterative-late": mnist.mnist_iterative_late,
     "mnist-landscape": mnist.mnist_landscape,
     "digits-tiny": mnist.digits_tiny,
+    **music.runs(),
+    **speech.runs(),
 }

@@ -1,0 +1,50 @@
+"""Speech by a VRNN: frames of 200 samples at 8 kHz, standardised; its own filter, and amortized variational filtering.
+
+A small relative of the published TIMIT model (LSTM 2,000, z 200): small enough to ship. Crops of 40 frames, batch 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from models.architecture import FilterArchitecture, IterativeArchitecture, OwnFilterArchitecture, VRNNArchitecture
+from training.config import OptimiserConfig, RefinementConfig
+from training.sequence_config import SequenceDataConfig, SequenceRunConfig
+
+MODEL = VRNNArchitecture(
+    latent=32, hidden=256, cell="gru", x_hidden=(256,), z_hidden=(128,), prior_hidden=(256,), decoder_hidden=(256, 256)
+)
+OWN = OwnFilterArchitecture(hidden=(256, 256))
+NET = IterativeArchitecture(encodings=("x", "q_layer_norm", "grad_layer_norm"), hidden=(256, 256), highway=True)
+STEPS = (1, 2, 4, 8)
+
+
+def own() -> SequenceRunConfig:
+    """The VRNN's own filter, q = f(x_t, h)."""
+    return SequenceRunConfig(
+        name="speech-own",
+        architecture=FilterArchitecture(MODEL, OWN),
+        data=SequenceDataConfig("fsdd", frames=40),
+        refinement=RefinementConfig(steps=0),
+        optimiser=OptimiserConfig(learning_rate=1e-3, decay="cosine", weight_decay=0.01, clip_norm=50.0),
+        batch_size=64,
+        epochs=400,
+        validate_every=4,
+    )
+
+
+def avf(steps: int) -> SequenceRunConfig:
+    """The same model with one learned refiner that also reads the frame."""
+    run = own()
+    return replace(
+        run,
+        name=f"speech-avf{steps}",
+        architecture=replace(run.architecture, inference=NET),
+        refinement=RefinementConfig(steps=steps),
+    )
+
+
+def runs() -> dict[str, Callable[[], SequenceRunConfig]]:
+    """Every run of this file by name."""
+    return {"speech-own": own} | {f"speech-avf{steps}": (lambda steps=steps: avf(steps)) for steps in STEPS}

@@ -1,0 +1,81 @@
+"""A training run of a sequence model, whole: what the functions in training/runs/ for music and speech return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from models.architecture import FilterArchitecture
+from training.config import OptimiserConfig, RefinementConfig
+from training.data.sequence_plan import Carried, Crops, Order, Whole
+
+
+@dataclass(frozen=True)
+class SequenceDataConfig:
+    """What a run learns from, and in which pieces.
+
+    Attributes:
+        name: as `load_sequences` takes it.
+        order: "crops": random pieces, as published; "carried": whole sequences in successive chunks, the state carried over;
+            "whole": whole sequences.
+        frames: of a crop or chunk (25 for music, 40 for speech, as published).
+        transpose: every piece of music is shifted by up to so many semitones either way (columns of a piano roll).
+    """
+
+    name: str = "jsb"
+    order: Literal["crops", "carried", "whole"] = "crops"
+    frames: int = 25
+    transpose: int = 0
+
+    def plan(self) -> Order:
+        return {"crops": Crops, "carried": Carried}[self.order](self.frames) if self.order != "whole" else Whole()
+
+
+@dataclass(frozen=True)
+class SequenceRunConfig:
+    """Everything that decides the weights a run ends with (`seconds` lets the machine's speed decide too).
+
+    Attributes:
+        refinement: K steps and S samples per frame; a model's own filter has K = 0.
+        seconds: end after so many seconds of updates, validation and compiling not counted; the learning rate then follows the
+            share of them that is spent instead of epochs: rivals at equal training seconds each get their whole schedule.
+        kl_warmup_epochs: the KL's weight rises linearly to 1 over so many epochs.
+        validate_every: epochs between validations, which also choose the best checkpoint.
+        validate_frames: of each validation sequence, from its beginning; None = whole. validation_sequences: the first so many.
+        precision: of matrix products; master weights, likelihoods and λ stay float32.
+        compiled: compile a refining model's chain of frames (training/sequence_update.py).
+    """
+
+    name: str
+    architecture: FilterArchitecture = field(default_factory=FilterArchitecture)
+    data: SequenceDataConfig = field(default_factory=SequenceDataConfig)
+    refinement: RefinementConfig = field(default_factory=lambda: RefinementConfig(steps=1))
+    optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(learning_rate=5e-4, weight_decay=0.3))
+    batch_size: int = 16
+    epochs: int = 800
+    seconds: float | None = None
+    kl_warmup_epochs: int = 0
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    compiled: bool = True
+    validate_every: int = 1
+    validate_frames: int | None = None
+    validation_sequences: int | None = None
+    frozen: tuple[str, ...] = ()
+    seed: int = 0
+
+    def kl_weight(self, epoch: int) -> float:
+        return min(1.0, (epoch + 1) / self.kl_warmup_epochs) if self.kl_warmup_epochs else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> SequenceRunConfig:
+        """Rebuilds what `to_dict` wrote. Raises TypeError if a field is unknown."""
+        parts = {"data": SequenceDataConfig, "refinement": RefinementConfig, "optimiser": OptimiserConfig}
+        built = {name: kind(**values[name]) for name, kind in parts.items()}
+        frozen = tuple(values.get("frozen", ()))
+        return SequenceRunConfig(
+            **{**values, **built, "frozen": frozen, "architecture": FilterArchitecture.from_dict(values["architecture"])}
+        )
