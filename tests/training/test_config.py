@@ -16,7 +16,7 @@ from training.runs import RUNS
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_survives_json_and_is_called_what_it_is(name: str) -> None:
     run = RUNS[name]()
-    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    assert type(run).from_dict(json.loads(json.dumps(run.to_dict()))) == run
     assert run.name == name
 
 
