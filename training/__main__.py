@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     export.add_argument("--name", required=True, help="name it is served under")
     export.add_argument("--version", default="1")
     export.add_argument("--rows", type=int, default=5000, help="rows of the validation curve and the training quantiles")
+    export.add_argument("--likelihood", help="quantised_gaussian: serve a speech model trained on densities by 16-bit mass")
     export.add_argument("--threads", type=int)
     export.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
     export.set_defaults(action=_export)
@@ -106,7 +107,7 @@ def _export(args: argparse.Namespace) -> int:
     from training.export import export
 
     _set_threads(args.threads)
-    print(export(args.checkpoint, args.to, args.name, args.version, rows=args.rows, data_root=args.data))
+    print(export(args.checkpoint, args.to, args.name, args.version, rows=args.rows, likelihood=args.likelihood, data_root=args.data))
     return 0
 
 
@@ -121,7 +122,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from models.artifact import ArtifactError
     from training.checkpoint import CheckpointError
     from training.data.errors import DataError
-    from training.export import ExportError
+    from training.export_files import ExportError
     from training.report.subject import ReportError
     from training.run_loop import TrainingFailed
 

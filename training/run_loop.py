@@ -103,9 +103,7 @@ class RunLoop(ABC):
         self.parts = {"generative": model.generative, "inference": model.inference}
         self.model = model.to(self.device)
         self.optimisers = {
-            name: torch.optim.AdamW(
-                part.parameters(), lr=run.optimiser.learning_rate, weight_decay=run.optimiser.weight_decay, fused=True
-            )
+            name: torch.optim.AdamW(part.parameters(), lr=run.optimiser.learning_rate, weight_decay=run.optimiser.weight_decay, fused=True)
             for name, part in self.parts.items()
             if name not in run.frozen and any(True for _ in part.parameters())
         }
@@ -361,5 +359,3 @@ def log_scalars(writer: SummaryWriter, line: dict[str, Any]) -> None:
         for k, value in enumerate(values if isinstance(values, list) else ()):
             writer.add_scalar(f"{name}/step_{k}", value, line["epoch"])
     writer.add_scalar("learning_rate", line["learning_rate"], line["epoch"])
-
-

@@ -75,10 +75,7 @@ class SequenceTrainer(RunLoop):
         refinement, (latent,) = self.run.refinement, self.filters.generative.latent_sizes
         rows, frames = batch.mask.shape
         noise = torch.stack(
-            [
-                torch.stack([self._noise(latent, rows, refinement.samples) for _ in range(self.steps + 1)])
-                for _ in range(frames)
-            ]
+            [torch.stack([self._noise(latent, rows, refinement.samples) for _ in range(self.steps + 1)]) for _ in range(frames)]
         )
         x = self._transposed(batch.x)
         mask = batch.mask[..., None].expand_as(x).contiguous()

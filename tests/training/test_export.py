@@ -17,7 +17,9 @@ from models.programs import static_programs
 from training import export as exporting
 from training.checkpoint import save_weights
 from training.config import RunConfig
-from training.export import ExportError, _reference, _run_onnx, _run_torchscript, check_parity, export
+from training.export import export
+from training.export_files import ExportError, check_parity, run_onnx, run_torchscript
+from training.export_static import reference as _reference
 from training.runs.mnist import ENCODINGS
 
 SECRET = b"secret"
@@ -77,8 +79,8 @@ def test_every_engine_format_reproduces_the_reference(artifact: Path) -> None:
         assert all(value.dtype == np.float64 for value in outputs.values())
         arrays = [inputs[tensor.name] for tensor in spec.inputs]
         for values in (
-            _run_torchscript(opened.file(spec.files["torchscript"]), weights, arrays),
-            _run_onnx(opened.file(spec.files["onnx"]), arrays),
+            run_torchscript(opened.file(spec.files["torchscript"]), weights, arrays),
+            run_onnx(opened.file(spec.files["onnx"]), arrays),
         ):
             for tensor, value in zip(spec.outputs, values, strict=True):
                 assert parity_error(value, outputs[tensor.name]) <= 1e-4, (name, tensor.name)
@@ -116,7 +118,7 @@ def test_parity_is_refused_to_a_program_that_computes_something_else(kind: str, 
     served = static_programs(model)
     served = replace(served, programs={"prior_sample": served.programs["prior_sample"], "decode": served.programs["decode"]})
     reference = Artifact.open(artifact).reference()
-    worst = check_parity(folder, served, reference)
+    worst = check_parity(folder, served.programs, reference)
     assert set(worst) == {"torchscript", "onnx"}
     assert max(worst.values()) <= 1e-4
     if kind == "torchscript":
@@ -132,7 +134,7 @@ def test_parity_is_refused_to_a_program_that_computes_something_else(kind: str, 
         proto.graph.node.append(onnx.helper.make_node("Neg", ["plain"], [result]))
         onnx.save(proto, str(folder / "prior_sample.onnx"))
     with pytest.raises(ExportError, match=f"{kind} prior_sample: output z0 differs from the float64 model by"):
-        check_parity(folder, served, reference)
+        check_parity(folder, served.programs, reference)
 
 
 class _Scaled(torch.nn.Module):
@@ -145,13 +147,11 @@ class _Scaled(torch.nn.Module):
         return 1.01 * z
 
 
-def test_an_export_that_disagrees_leaves_nothing_behind(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_disagrees_leaves_nothing_behind(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def disagree(*args: object) -> None:
         raise ExportError("onnx step: output q0.mu differs")
 
-    monkeypatch.setattr(exporting, "_write_programs", lambda folder, model, served: (folder / WEIGHTS).write_bytes(b""))
+    monkeypatch.setattr(exporting, "write_programs", lambda folder, *parts: (folder / WEIGHTS).write_bytes(b""))
     monkeypatch.setattr(exporting, "check_parity", disagree)
     with pytest.raises(ExportError):
         export(checkpoint, tmp_path, "tiny", "1", rows=8, samples=1, quiet=True)

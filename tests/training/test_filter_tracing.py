@@ -13,7 +13,7 @@ from torch import Tensor
 from models.artifact import WEIGHTS, Arrays, parity_error
 from models.filter_programs import FRAME, FilterPrograms, filter_programs
 from tests.models.small_filters import frames, small_filter
-from training.export import PARITY, _run_onnx, _run_torchscript
+from training.export_files import PARITY, run_onnx, run_torchscript
 from training.tracing import safetensors_offsets, to_onnx, to_torchscript, trace
 
 ROWS, SAMPLES = 5, 2
@@ -84,10 +84,10 @@ def test_a_traced_program_agrees_with_the_float64_model(
         for kind in formats:
             if kind == "torchscript":
                 (tmp_path / f"{name}.pt").write_bytes(to_torchscript(graph, used))
-                values = _run_torchscript(tmp_path / f"{name}.pt", weights, arrays)
+                values = run_torchscript(tmp_path / f"{name}.pt", weights, arrays)
             else:
                 (tmp_path / f"{name}.onnx").write_bytes(to_onnx(graph, used, model, program, offsets))
-                values = _run_onnx(tmp_path / f"{name}.onnx", arrays)
+                values = run_onnx(tmp_path / f"{name}.onnx", arrays)
             measured: Arrays = {spec.name: value for spec, value in zip(program.outputs, values, strict=True)}
             for output, value in expected.items():
                 assert parity_error(measured[output], value.numpy()) < PARITY, f"{kind} {name}: {output}"

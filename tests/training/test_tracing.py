@@ -18,7 +18,7 @@ from models.architecture import Architecture, DirectArchitecture, InferenceArchi
 from models.artifact import WEIGHTS
 from models.catalogue import LatentModel, build
 from models.programs import static_programs
-from training.export import _run_onnx, _run_torchscript, _write_programs
+from training.export_files import run_onnx, run_torchscript, write_programs
 from training.tracing import example_inputs, safetensors_offsets, trace
 
 X, D, HIDDEN = 20, 3, (16,)
@@ -50,7 +50,7 @@ class Written:
             torch.nn.init.normal_(heads.weight, std=0.3, generator=torch.Generator().manual_seed(1))
         served = static_programs(self.model)
         self.served = replace(served, programs={name: served.programs[name] for name in names or served.programs})
-        _write_programs(folder, self.model, self.served)
+        write_programs(folder, self.model, self.served.programs)
 
 
 @pytest.fixture(
@@ -81,9 +81,9 @@ def test_every_program_equals_the_eager_one_at_every_size(kind: str, written: Wr
         for rows, samples in SIZES:
             given = arrays(written, name, rows, samples)
             if kind == "onnx":
-                outputs = _run_onnx(written.folder / f"{name}.onnx", given)
+                outputs = run_onnx(written.folder / f"{name}.onnx", given)
             else:
-                outputs = _run_torchscript(written.folder / f"{name}.pt", weights, given)
+                outputs = run_torchscript(written.folder / f"{name}.pt", weights, given)
             expected = program.function(*map(torch.from_numpy, given))
             assert len(outputs) == len(expected)
             for spec, value, reference in zip(program.outputs, outputs, expected, strict=True):

@@ -15,14 +15,15 @@ def export_tiny(folder, kind):
     from models.architecture import Architecture, DirectArchitecture, IterativeArchitecture, VAEArchitecture
     from models.catalogue import build
     from models.programs import level_names, static_programs
-    from training.export import _reference, _spec, _write_programs
+    from training.export_files import program_spec, write_programs
+    from training.export_static import reference as _reference
 
     inference = DirectArchitecture(hidden=(16,)) if kind == "direct" else IterativeArchitecture(hidden=(16,), recurrent=True)
     model = build(Architecture(VAEArchitecture(x_size=X_SIZE, latent=LATENT, hidden=(16, 16)), inference), seed=0)
     served = static_programs(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _write_programs(folder, model, served)
+        write_programs(folder, model, served.programs)
     x = torch.bernoulli(torch.full((4, X_SIZE), 0.4), generator=torch.Generator().manual_seed(0))
     write_reference(folder, _reference(model, x))
     card = Card(
@@ -38,7 +39,7 @@ def export_tiny(folder, kind):
         max_steps=128,
         samples=2,
         antithetic=True,
-        programs={name: _spec(name, program) for name, program in served.programs.items()},
+        programs={name: program_spec(name, program) for name, program in served.programs.items()},
         curve=Curve(steps=(0,), elbo=(0.0,), elbo_std=(0.0,), rows=1, samples=1),
         quantiles=Quantiles(probabilities=(0.5,), steps=(0,), elbo=((0.0,),)),
     )

@@ -1,0 +1,108 @@
+"""What an artifact says of a static model: x, λ, the trade-off curve, quantiles; and real rows as its reference."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.artifact import Arrays, Curve, LevelSpec, LikelihoodSpec, Quantiles, XSpec
+from models.catalogue import LatentModel
+from models.likelihood import LIKELIHOODS
+from models.programs import level_names, static_programs
+from training.config import RunConfig
+from training.data.binarise import observe
+from training.data.catalogue import load
+from training.data.images import Images
+from training.evaluate import BINARISE_SEED, CURVE_STEPS, Evaluator
+from training.export_files import PROBABILITIES, REFERENCE_ROWS, REFERENCE_SAMPLES, Description
+
+MAX_STEPS = 128
+
+
+def describe_static(model: LatentModel, run: RunConfig, rows: int, samples: int, data_root: str | None, quiet: bool) -> Description:
+    """The programs of a static model, their reference, and its part of the card; measured on `rows` rows of each split."""
+    images = load(run.data.name, data_root)
+    served = static_programs(model)
+    likelihood = run.architecture.generative.likelihood
+    refines = model.inference.refines
+    card = {
+        "family": "static",
+        "description": f"{run.architecture.inference.kind} inference, {run.name}, trained on {run.data.name}",
+        "x": _describe_x(model, run, images),
+        "likelihood": LikelihoodSpec(name=likelihood, parameters=LIKELIHOODS[likelihood].HEADS),
+        "levels": tuple(LevelSpec(name=f"q{i}", size=d, parameters=level_names(i)) for i, d in enumerate(model.generative.latent_sizes)),
+        "carry": served.carry,
+        "context": served.context,
+        "max_steps": MAX_STEPS if refines else 0,
+        **_measure(model, run, images, rows, samples, quiet),
+    }
+    x = observe(torch.as_tensor(images.valid[:REFERENCE_ROWS]), images.kind, _generator(BINARISE_SEED))
+    return Description(served.programs, {}, reference(model, x), card, (images.name, images.sha256))
+
+
+def _describe_x(model: LatentModel, run: RunConfig, images: Images) -> XSpec:
+    binary = run.architecture.generative.likelihood == "bernoulli"
+    return XSpec(
+        shape=(model.generative.x_size,),
+        minimum=0.0 if binary else None,
+        maximum=1.0 if binary else None,
+        units="nats per image",
+        description=f"{images.shape[0]}×{images.shape[1]} pixels, row by row"
+        + ("; 0 or 1, exact for binary data; grey values in [0, 1] count as cross-entropy" if binary else ""),
+    )
+
+
+def reference(model: LatentModel, x: Tensor) -> dict[str, tuple[Arrays, Arrays]]:
+    """Inputs and float64 outputs of every program, on real rows: the first is half hidden, λ is that of a few steps on."""
+    programs = static_programs(copy.deepcopy(model).double()).programs
+    generator = _generator(7)
+    mask = torch.ones_like(x)
+    mask[0, : x.shape[1] // 2] = 0
+    known: dict[str, Tensor] = {"x": x.double(), "mask": mask.double()}
+    found: dict[str, tuple[Arrays, Arrays]] = {}
+    # each program's outputs are inputs of later ones, so λ, z and the likelihood's parameters are real ones
+    order = ["init", *["step"] * 3 * ("step" in programs), "score", "prior_sample", "posterior_sample", "decode", "sample_x"]
+    for name in order:
+        program = programs[name]
+        inputs = []
+        for spec in program.inputs:
+            if spec.name.startswith("noise"):
+                sizes = [{"rows": REFERENCE_ROWS, "samples": REFERENCE_SAMPLES}.get(str(size), size) for size in spec.shape]
+                value = torch.randn([int(size) for size in sizes], generator=generator, dtype=torch.float64)
+            else:
+                value = known[spec.name]
+            # engines read float32: the reference must start from the same numbers
+            inputs.append(value.float().double())
+        with torch.no_grad():
+            outputs = program.function(*inputs)
+        known |= {spec.name: value for spec, value in zip(program.outputs, outputs, strict=True) if spec.name not in ("x",)}
+        found[name] = (
+            {spec.name: value.float().numpy() for spec, value in zip(program.inputs, inputs, strict=True)},
+            {spec.name: value.numpy() for spec, value in zip(program.outputs, outputs, strict=True)},
+        )
+    return found
+
+
+def _measure(model: LatentModel, run: RunConfig, images: Images, rows: int, samples: int, quiet: bool) -> dict[str, Any]:
+    """The validation curve and the training quantiles."""
+    measured = {}
+    for split in ("valid", "train"):
+        x = observe(torch.as_tensor(getattr(images, split)[:rows]), images.kind, _generator(BINARISE_SEED))
+        evaluator = Evaluator(model, run, x, quiet=quiet)
+        steps = list(CURVE_STEPS) if evaluator.refines else [0]
+        measured[split] = evaluator.curve(rows, samples, steps)
+    valid, train = measured["valid"], measured["train"]
+    quantiles = torch.quantile(train.double(), torch.tensor(PROBABILITIES, dtype=torch.float64), dim=0).T
+    return {
+        "curve": Curve(
+            steps=tuple(steps), elbo=tuple(valid.mean(0).tolist()), elbo_std=tuple(valid.std(0).tolist()), rows=len(valid), samples=samples
+        ),
+        "quantiles": Quantiles(probabilities=PROBABILITIES, steps=tuple(steps), elbo=tuple(tuple(row) for row in quantiles.tolist())),
+    }
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
