@@ -255,6 +255,17 @@ class Artifact:
     def weights(self) -> Arrays:
         return load_file(str(self.file(WEIGHTS)))
 
+    def begin(self) -> Arrays:
+        """A filter's state before the first frame, (n,) by the name of the state array; {} of a static model."""
+        if not self.card.state:
+            return {}
+        weights = self.weights()
+        constants = {spec.name: spec.name.replace("state.", "begin.", 1) for spec in self.card.state}
+        missing = [constant for constant in constants.values() if constant not in weights]
+        if missing:
+            raise ArtifactError(f"{self.path}: {WEIGHTS} lacks {missing[0]}, the stream's first state")
+        return {name: weights[constant].reshape(-1).astype(np.float32) for name, constant in constants.items()}
+
     def reference(self) -> dict[str, tuple[Arrays, Arrays]]:
         """program -> (inputs, float64 outputs), as the eager model computed them at export."""
         programs: dict[str, tuple[Arrays, Arrays]] = {}

@@ -54,6 +54,7 @@ def run() -> int:
         """At SIGTERM the scheduler stops beside uvicorn: what runs is finished or refused in time, and nobody is left unanswered."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await app.state.server.hand_over_streams()  # before uvicorn closes every WebSocket without a word
             stopping = asyncio.ensure_future(app.state.server.stop(settings.drain_s))
             await super().shutdown(sockets)
             await stopping
@@ -64,6 +65,9 @@ def run() -> int:
         port=settings.port,
         loop="auto",  # uvloop where it is installed
         http="httptools",
+        ws="websockets-sansio",
+        ws_max_size=settings.max_message_bytes,
+        ws_per_message_deflate=False,
         access_log=False,
         log_config=None,
         server_header=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,10 +22,11 @@ from service.jobs import Limits
 from service.middleware import RequestMiddleware
 from service.openapi import describe_api
 from service.repository import Repository, card_sha256
-from service.routes import health, infer, models
+from service.routes import filters, health, infer, models
 from service.scheduler.scheduler import Scheduler
 from service.settings import Settings
-from service.telemetry import Metrics
+from service.streams.tokens import Tokens
+from service.telemetry import LOG, Metrics
 
 
 class ElbowApp(FastAPI):
@@ -41,15 +43,16 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        scheduler = Scheduler(queue_rows=settings.queue_rows)
+        scheduler = Scheduler(queue_rows=settings.queue_rows, streams=settings.max_streams)
         build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads)
         repository = Repository(scheduler, build, _signer(settings))
         repository.load_all(settings.repository)
         if settings.closed_form:
             _add_closed_form(repository)
         metrics.models_loaded.set(len(repository.all()))
-        server = app.state.server = Server(scheduler, repository, limits_of(settings), metrics)
+        server = app.state.server = Server(scheduler, repository, limits_of(settings), metrics, tokens=_tokens(settings))
         metrics.watch(scheduler.stats)
+        metrics.watch_streams(scheduler.stream_stats)
         scheduler.start()
         try:
             yield
@@ -62,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
 def assemble(metrics: Metrics, lifespan: Any) -> FastAPI:
     """Routes, middleware and error handlers around a lifespan that sets `app.state.server`."""
     app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    app.router.routes[:0] = [*infer.ROUTES, *models.ROUTES, *health.ROUTES]  # matched in order: the busiest first
+    app.router.routes[:0] = [*infer.ROUTES, *filters.ROUTES, *models.ROUTES, *health.ROUTES]  # matched in order: the busiest first
     app.add_middleware(RequestMiddleware, metrics=metrics)
 
     async def refuse(request: Request, error: Exception) -> Response:
@@ -83,6 +86,9 @@ def limits_of(settings: Settings) -> Limits:
         max_samples=settings.max_samples,
         max_importance_samples=settings.max_importance_samples,
         max_deadline_ms=settings.max_deadline_ms,
+        max_message_bytes=settings.max_message_bytes,
+        stream_idle_s=settings.stream_idle_s,
+        drain_s=settings.drain_s,
     )
 
 
@@ -122,6 +128,14 @@ def _add_closed_form(repository: Repository) -> None:
 
     engine = ClosedFormEngine()
     repository.add(engine, card_sha256(engine.card))
+
+
+def _tokens(settings: Settings) -> Tokens:
+    secret = settings.token_secret
+    if secret is None:
+        LOG.warning("ELBOW_TOKEN_SECRET is not set: state tokens will not outlive this process, nor be read by another replica")
+    key = secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
+    return Tokens(key, settings.token_ttl_s, settings.max_token_bytes)
 
 
 def _signer(settings: Settings) -> Signer | None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
+from service.errors import InvalidInput
 from service.jobs import Limits
 from service.repository import Repository, ServedModel
 from service.scheduler.job import Job, JobResult
+from service.streams.lane import StreamLane
+from service.streams.results import Shaper
+from service.streams.tokens import Tokens
 from service.telemetry import Call, Metrics
 
 
@@ -31,6 +37,23 @@ class Scheduling(Protocol):
         """Milliseconds that one run of `program` takes on so many rows, as measured on this machine."""
         ...
 
+    def stream_lane(self, key: str) -> StreamLane:
+        """Where the streams of a filter go. Raises InvalidInput for a static model."""
+        ...
+
+
+class Live(Protocol):
+    """A connection that can be handed over."""
+
+    async def drain(self) -> None:
+        """Sends the stream's token, then closes; returns when both have left."""
+        ...
+
+
+def _own_tokens() -> Tokens:
+    """Tokens that hold as long as the process."""
+    return Tokens(secrets.token_bytes(32), ttl_s=3600.0, max_bytes=65_536)
+
 
 @dataclass
 class Server:
@@ -41,8 +64,22 @@ class Server:
     limits: Limits
     metrics: Metrics
     clock: Callable[[], float] = time.monotonic
+    tokens: Tokens = field(default_factory=_own_tokens)
+    connections: set[Live] = field(default_factory=set)
     draining: bool = False
+    _shapers: dict[str, Shaper] = field(default_factory=dict)
     _stopping: asyncio.Future[None] | None = None
+
+    def shaper(self, model: ServedModel) -> Shaper:
+        """What makes results of this model's streams."""
+        if model.key not in self._shapers:
+            self._shapers[model.key] = Shaper(model.card)
+        return self._shapers[model.key]
+
+    async def hand_over_streams(self) -> None:
+        """Every live stream gets its token and is closed; new ones are refused from now on."""
+        self.draining = True
+        await asyncio.gather(*(connection.drain() for connection in list(self.connections)), return_exceptions=True)
 
     async def stop(self, grace_s: float) -> None:
         """Stops the scheduler, once, however many ask; returns when it has stopped."""
@@ -55,6 +92,24 @@ class Server:
 def server_of(request: Request) -> Server:
     server: Server = request.app.state.server
     return server
+
+
+def key_id_of(connection: HTTPConnection) -> str:
+    """Which API key the caller shows, if any, as a name that gives nothing away: state tokens are bound to it."""
+    shown = connection.headers.get("x-api-key") or connection.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    return hashlib.sha256(shown.encode()).hexdigest()[:16] if shown else ""
+
+
+def static_model_of(request: Request, endpoint: str) -> ServedModel:
+    """`model_of` for calls that only a static model answers.
+
+    Raises:
+        InvalidInput: the model is a filter.
+    """
+    model = model_of(request, endpoint)
+    if model.card.family != "static":
+        raise InvalidInput(f"{model.name} filters sequences: POST /v1/models/{model.name}/filter, or open a WebSocket there")
+    return model
 
 
 def model_of(request: Request, endpoint: str) -> ServedModel:

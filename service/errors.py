@@ -2,6 +2,7 @@
 
     ElbowError                   anything this service refuses or fails at, on purpose and with a message
     ├── InvalidInput        422  JSON that does not fit: `errors` names the fields
+    ├── TokenRefused        422  a state token that is altered, expired, or another model's or caller's
     ├── MalformedBody       400  not JSON
     ├── UnknownModel        404  no such model or version here
     ├── BodyTooLarge        413  more bytes than the server takes
@@ -57,6 +58,10 @@ class InvalidInput(ElbowError):
         return cls(f"{path}: {message}", fields=[(path, message)])
 
 
+class TokenRefused(ElbowError):
+    code = "token_refused"
+
+
 class MalformedBody(ElbowError):
     code = "malformed_body"
 
@@ -103,6 +108,7 @@ class BackendFailure(ElbowError):
 
 STATUS: dict[type[ElbowError], int] = {
     InvalidInput: 422,
+    TokenRefused: 422,
     MalformedBody: 400,
     UnknownModel: 404,
     BodyTooLarge: 413,

@@ -39,6 +39,9 @@ class Limits:
     max_samples: int
     max_importance_samples: int
     max_deadline_ms: float
+    max_message_bytes: int = 2**20
+    stream_idle_s: float = 60.0
+    drain_s: float = 10.0
 
 
 def encode_job(body: EncodeBody, model: ServedModel, limits: Limits, arrival: float) -> Job:

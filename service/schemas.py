@@ -17,6 +17,8 @@ Count = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 AtLeastOne = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(whole)]
 Part = Literal["posterior", "elbo", "trace", "reconstruction", "z", "carry"]
+StreamPart = Literal["elbo", "surprise", "posterior", "log_likelihood", "kl", "reconstruction", "prediction"]
+DEFAULT_STREAM_PARTS: tuple[StreamPart, ...] = ("elbo", "surprise")
 DEFAULT_PARTS: tuple[Part, ...] = ("posterior", "elbo")
 
 
@@ -82,6 +84,23 @@ class GenerateBody(Body):
     seed: Seed = Field(0, description="each of the `count` draws has noise of its own, derived from the seed")
     between: Any = Field(None, description="two posteriors of earlier replies: `count` points on the line between their means")
     samples: Count = Field(0, description="draws of x per result, besides the mean")
+
+
+class FilterBody(Body):
+    """Filter some frames of a sequence: from its beginning, or on from the state of an earlier reply."""
+
+    frames: Any = Field(description="one list of numbers per frame, in order")
+    mask: Any = Field(None, description="same shape as frames: 1 = observed, 0 = missing; null: all observed")
+    state: str | None = Field(None, description="the state of an earlier reply; null: a fresh sequence")
+    steps: Count | None = Field(None, description="refinement steps per frame; default: the trained number")
+    elastic: bool | None = Field(None, description="fewer steps are acceptable under load; null: no")
+    seed: Seed | None = Field(None, description="of all noise of the sequence; with a state: that of its sequence; default 0")
+    parts: list[StreamPart] = Field(
+        default_factory=lambda: list(DEFAULT_STREAM_PARTS),
+        alias="return",
+        description="what each result holds",
+        json_schema_extra={"default": list(DEFAULT_STREAM_PARTS)},
+    )
 
 
 BodyT = TypeVar("BodyT", bound=Body)

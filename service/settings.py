@@ -32,6 +32,14 @@ class Settings(BaseSettings):
     max_importance_samples: int = Field(default=5_000, ge=1, description="most samples of the importance-weighted log p(x)")
     max_deadline_ms: float = Field(default=600_000.0, gt=0, description="longest deadline a client may name")
     queue_rows: int = Field(default=20_000, ge=1, description="rows that may wait, per model; beyond it: 503")
+    token_secret: SecretStr | None = Field(
+        default=None, description="signs state tokens; the same on all replicas. Unset: drawn at start, and tokens end with the process"
+    )
+    token_ttl_s: float = Field(default=3600.0, gt=0, description="how long a state token holds")
+    max_token_bytes: int = Field(default=65_536, ge=1024, description="largest state token")
+    max_streams: int = Field(default=1024, ge=1, description="streams that may be open at once, per filter")
+    max_message_bytes: int = Field(default=2**20, ge=1024, description="largest WebSocket message")
+    stream_idle_s: float = Field(default=60.0, gt=0, description="a stream that says nothing for so long is closed")
     drain_s: float = Field(default=10.0, ge=0, description="time that running requests get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="debug logs every request")
 

@@ -98,6 +98,32 @@ class _Scheduled(Collector):
                 yield metric
 
 
+_STREAM_COUNTED = {
+    "frames": "Frames filtered.",
+    "steps": "Refinement steps of frames.",
+    "degraded": "Frames of elastic streams given fewer steps than asked, because they lagged.",
+    "nonfinite": "Frames whose result was not finite; the stream kept its last finite state.",
+}
+
+
+class _Streamed(Collector):
+    """Reads the stream lanes' own counts when Prometheus comes to collect them."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, Any]]):
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        live = GaugeMetricFamily("elbow_streams_live", "Streams that are open.", labels=("model", "version"))
+        counted = {
+            name: CounterMetricFamily(f"elbow_stream_{name}", text, labels=("model", "version")) for name, text in _STREAM_COUNTED.items()
+        }
+        for key, (count, counts) in self._counts().items():
+            live.add_metric(key.split("/", 1), count)
+            for name, metric in counted.items():
+                metric.add_metric(key.split("/", 1), getattr(counts, name))
+        yield from (live, *counted.values())
+
+
 class Metrics:
     """The counters and histograms of one application, on a registry of its own."""
 
@@ -131,6 +157,10 @@ class Metrics:
             registry=self.registry,
         )
         self.rows_in_flight = Gauge("elbow_rows_in_flight", "Rows admitted and not yet answered.", model, registry=self.registry)
+        self.stream_lag = Histogram(
+            "elbow_stream_lag_seconds", "From a message of a stream to its last frame's result.", buckets=_SECONDS, registry=self.registry
+        )
+        self.tokens_issued = Counter("elbow_state_tokens_issued_total", "State tokens given to clients.", registry=self.registry)
         self.models_loaded = Gauge("elbow_models_loaded", "Model versions being served.", registry=self.registry)
 
         self._models: dict[tuple[str, str], ModelMetrics] = {}
@@ -139,6 +169,10 @@ class Metrics:
     def watch(self, counts: Callable[[], Mapping[str, Any]]) -> None:
         """Also exposes what a scheduler counts: `counts` gives, per "name/version", an object with the attributes of `_COUNTED`."""
         self.registry.register(_Scheduled(counts))
+
+    def watch_streams(self, counts: Callable[[], Mapping[str, Any]]) -> None:
+        """Also exposes the streams: `counts` gives, per "name/version", how many are live and an object with `_STREAM_COUNTED`."""
+        self.registry.register(_Streamed(counts))
 
     def of_model(self, name: str, version: str) -> ModelMetrics:
         found = self._models.get((name, version))

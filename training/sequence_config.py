@@ -20,7 +20,7 @@ class SequenceDataConfig:
         order: "crops": random pieces, as published; "carried": whole sequences in successive chunks, the state carried over;
             "whole": whole sequences.
         frames: of a crop or chunk (25 for music, 40 for speech, as published).
-        transpose: every piece of music is shifted by up to so many semitones either way (columns of a piano roll).
+        transpose: about half of the pieces of music are shifted by up to so many semitones either way (columns of a piano roll).
     """
 
     name: str = "jsb"

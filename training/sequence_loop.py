@@ -86,11 +86,12 @@ class SequenceTrainer(RunLoop):
         return noise
 
     def _transposed(self, x: Tensor) -> Tensor:
-        """Each row's notes shifted by its own number of semitones; those shifted off the keyboard are lost."""
+        """The notes of about half of the rows shifted, each row by its own number of semitones; notes off the keyboard are lost."""
         most = self.run.data.transpose
         if not most:
             return x
         shift = torch.randint(-most, most + 1, (len(x), 1, 1), generator=self.generators["mask"], device=x.device)
+        shift = shift * torch.randint(0, 2, (len(x), 1, 1), generator=self.generators["mask"], device=x.device)
         source = torch.arange(x.shape[-1], device=x.device) - shift
         inside = (source >= 0) & (source < x.shape[-1])
         return x.gather(-1, source.clamp(0, x.shape[-1] - 1).expand(x.shape)) * inside

@@ -26,13 +26,15 @@ class Engine(Protocol):
 
     name: str
     card: Card
+    begin: Arrays
+    """Of a filter: the state before the first frame, (n,) per state array."""
 
     def run(self, program: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
         """Runs `program` on `arrays` (every input the card lists, same number of rows) and returns its outputs by name."""
         ...
 
     def allocate(self, capacity: int) -> None:
-        """Makes room for `capacity` rows: x, mask, context and carry of each. Called once, before any row is loaded."""
+        """Makes room for `capacity` rows: x, mask, context, carry and state of each. Called once, before any row is loaded."""
         ...
 
     def load_rows(self, slots: Slots, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -59,6 +61,7 @@ class HostRows:
 
     name: str
     card: Card
+    begin: Arrays = {}  # noqa: RUF012 (never changed, replaced by engines of filters)
 
     def run(self, program: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
         raise NotImplementedError
@@ -66,7 +69,7 @@ class HostRows:
     def allocate(self, capacity: int) -> None:
         x = self.card.x.shape
         self._rows: Arrays = {"x": np.zeros((capacity, *x), np.float32), "mask": np.ones((capacity, *x), np.float32)}
-        for tensor in (*self.card.context, *self.card.carry):
+        for tensor in (*self.card.context, *self.card.carry, *self.card.state):
             self._rows[tensor.name] = np.zeros((capacity, *(int(size) for size in tensor.shape[1:])), tensor.dtype)
 
     def load_rows(self, slots: Slots, arrays: Mapping[str, NDArray[Any]]) -> None:

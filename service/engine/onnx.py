@@ -35,7 +35,7 @@ class OnnxEngine(HostRows):
     """
 
     def __init__(self, artifact: Artifact, threads: int = 1):
-        self.name, self.card = FORMAT, artifact.card
+        self.name, self.card, self.begin = FORMAT, artifact.card, artifact.begin()
         self._programs = {program: _Program(artifact, program, spec, threads) for program, spec in artifact.card.programs.items()}
         self.parity = verify_parity(self, artifact)
 

@@ -40,7 +40,7 @@ class TorchScriptEngine(HostRows):
     """
 
     def __init__(self, artifact: Artifact, device: str = "cpu", threads: int = 1):
-        self.name, self.card = FORMAT, artifact.card
+        self.name, self.card, self.begin = FORMAT, artifact.card, artifact.begin()
         self._device = torch.device(device)
         torch.set_num_threads(threads)
         weights = load_file(str(artifact.file(WEIGHTS)), device=device)

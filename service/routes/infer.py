@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from service import jobs, replies, schemas
 from service.body import in_worker_if_large, parse_object, read_body
-from service.deps import model_of, server_of
+from service.deps import server_of, static_model_of
 from service.repository import ServedModel
 from service.scheduler.job import Job, JobResult
 from service.submission import Show, events, submit
@@ -37,7 +37,7 @@ class Endpoint:
     async def __call__(self, request: Request) -> Response:
         server = server_of(request)
         arrival = server.clock()
-        model = model_of(request, self.name)
+        model = static_model_of(request, self.name)
         raw = await read_body(request, server.limits.max_body_bytes)
 
         def prepare() -> tuple[Any, Job]:

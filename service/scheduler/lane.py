@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from service.scheduler.queue import Ticket
+from service.engine.base import Engine
 
 PATIENCE = 4
 """Ticks for which a lane with work may be passed over in favour of earlier deadlines."""
 
 
+class Answer(Protocol):
+    """Something that a lane has finished with and that somebody waits for."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """Where the waiter lives; None = nobody needs to be told."""
+        ...
+
+    def settle(self) -> None:
+        """Hands it over; called once, in `loop`."""
+        ...
+
+
 class Lane(Protocol):
-    """One kind of work on one model. All methods run on the engine thread."""
+    """One kind of work on one model. All methods run on the engine thread.
+
+    `retiring`: takes nothing new, its engine is closed when it has no work left. `draining`: the server is stopping.
+    """
 
     key: str
+    engine: Engine
+    retiring: bool
+    draining: bool
     passed_over: int
     last_served: int
 
@@ -28,8 +48,8 @@ class Lane(Protocol):
         """Does about `budget_s` seconds of work. Whatever goes wrong ends in answers, not in an exception."""
         ...
 
-    def answered(self) -> list[Ticket]:
-        """Tickets answered since the last call."""
+    def answered(self) -> Sequence[Answer]:
+        """What was answered since the last call."""
         ...
 
     def fail_all(self, error: Exception) -> None:

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from service.engine.base import Engine
-from service.errors import BackendFailure, Overloaded, ShuttingDown, UnknownModel
+from service.errors import BackendFailure, InvalidInput, Overloaded, ShuttingDown, UnknownModel
 from service.scheduler.job import Job, JobResult
-from service.scheduler.lane import Lane, choose
+from service.scheduler.lane import Answer, Lane, choose
 from service.scheduler.queue import Ticket
 from service.scheduler.static_lane import Counts, StaticLane
 from service.scheduler.warm_up import warm_up
+from service.streams.lane import StreamCounts, StreamLane
 
 _LOG = logging.getLogger("elbow.scheduler")
 _LARGEST_SHARE = 4
@@ -33,7 +34,7 @@ class Scheduler:
     Args:
         clock: monotonic seconds; deadlines of jobs are on this clock.
         queue_rows: rows that may wait, per model, before new jobs are refused.
-        slots: rows in flight, per model.
+        slots: rows in flight, per model. streams: open at once, per filter.
         tick_s: how long a tick should take at most.
         reply_s: kept free before a deadline, for the way back to the client.
         retry_after_s: least time after which a refused client should come back.
@@ -46,6 +47,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         queue_rows: int = 4096,
         slots: int = 1024,
+        streams: int = 1024,
         tick_s: float = 0.002,
         reply_s: float = 0.0005,
         retry_after_s: float = 0.1,
@@ -53,8 +55,10 @@ class Scheduler:
     ):
         self._clock, self._queue_rows, self._slots, self._tick_s, self._reply_s = clock, queue_rows, slots, tick_s, reply_s
         self._retry_after_s, self._lane = retry_after_s, lane
+        self._streams = streams
         self._lanes: dict[str, StaticLane] = {}
-        self._running: list[StaticLane] = []
+        self._stream_lanes: dict[str, StreamLane] = {}
+        self._running: list[Lane] = []
         """Also lanes that were removed and still have jobs. Replaced, never changed in place: two threads read it."""
         self._door = threading.Lock()
         self._wake = threading.Event()
@@ -84,7 +88,7 @@ class Scheduler:
             self.drain()
         for lane in self._running:
             lane.engine.close()
-        self._running, self._lanes = [], {}
+        self._running, self._lanes, self._stream_lanes = [], {}, {}
 
     def drain(self) -> None:
         """Ticks until there is nothing left to do, or until the grace of `stop` is over."""
@@ -101,14 +105,24 @@ class Scheduler:
 
         A model of the same key is replaced: jobs it has are finished by it. Raises whatever the engine raises when warmed up.
         """
-        lane = self._lane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s)
-        warm_up(engine, lane.cost, self._clock, self._slots)
+        static: StaticLane | None = None
+        streams: StreamLane | None = None
+        if engine.card.family == "filter":
+            streams = StreamLane(key, engine, self._clock, self._streams, self._wake.set)
+            streams.warm_up()
+        else:
+            static = self._lane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s)
+            warm_up(engine, static.cost, self._clock, self._slots)
         with self._door:
-            replaced = self._lanes.get(key)
-            if replaced is not None:
-                replaced.retiring = True
-            self._lanes[key] = lane
-            self._running = [*self._running, lane]
+            for replaced in (self._lanes.pop(key, None), self._stream_lanes.pop(key, None)):
+                if replaced is not None:
+                    replaced.retiring = True
+            if static is not None:
+                self._lanes[key] = static
+                self._running = [*self._running, static]
+            if streams is not None:
+                self._stream_lanes[key] = streams
+                self._running = [*self._running, streams]
 
     def remove_model(self, key: str) -> None:
         """Refuses new jobs for `key`; its engine is closed, on the engine thread, after the jobs it has.
@@ -117,7 +131,7 @@ class Scheduler:
             UnknownModel: no such model.
         """
         with self._door:
-            lane = self._lanes.pop(key, None)
+            lane: Lane | None = self._lanes.pop(key, None) or self._stream_lanes.pop(key, None)
             if lane is None:
                 raise UnknownModel(f"no model {key!r} is loaded")
             lane.retiring = True
@@ -156,7 +170,7 @@ class Scheduler:
         """The waiter has gone: its rows are freed at the next tick."""
         ticket.abandoned = True
         for lane in self._running:
-            if lane.key == ticket.job.model:
+            if isinstance(lane, StaticLane) and lane.key == ticket.job.model:
                 lane.someone_left = True
         self._wake.set()
 
@@ -190,10 +204,27 @@ class Scheduler:
         Raises:
             UnknownModel: no such model.
         """
-        lane = self._lanes.get(key)
+        lane = self._lanes.get(key) or self._stream_lanes.get(key)
         if lane is None:
             raise UnknownModel(f"no model {key!r} is loaded")
         return 1e3 * lane.cost.seconds(program, rows * samples)
+
+    def stream_lane(self, key: str) -> StreamLane:
+        """Where the streams of a filter go.
+
+        Raises:
+            UnknownModel: no such model. InvalidInput: it is no filter.
+        """
+        lane = self._stream_lanes.get(key)
+        if lane is None:
+            if key in self._lanes:
+                raise InvalidInput(f"{key} is a static model: POST encode, refine, reconstruct, score or generate")
+            raise UnknownModel(f"no model {key!r} is loaded")
+        return lane
+
+    def stream_stats(self) -> dict[str, tuple[int, StreamCounts]]:
+        """Live streams and counts of every loaded filter."""
+        return {key: (lane.live, lane.counts) for key, lane in self._stream_lanes.items()}
 
     # Inside.
 
@@ -257,17 +288,17 @@ class Scheduler:
 
     def _settle(self, lane: Lane) -> None:
         """Hands answers to their event loops: one call per loop, however many jobs were answered."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
-        for ticket in lane.answered():
-            if ticket.loop is not None:
-                by_loop.setdefault(ticket.loop, []).append(ticket)
-        for loop, tickets in by_loop.items():
+        by_loop: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
+        for answer in lane.answered():
+            if answer.loop is not None:
+                by_loop.setdefault(answer.loop, []).append(answer)
+        for loop, answers in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_settle_all, tickets)
+                loop.call_soon_threadsafe(_settle_all, answers)
             except RuntimeError:  # the loop was closed: nobody is left to tell
-                _LOG.debug("an event loop was closed before %d answers reached it", len(tickets))
+                _LOG.debug("an event loop was closed before %d answers reached it", len(answers))
 
 
-def _settle_all(tickets: list[Ticket]) -> None:
-    for ticket in tickets:
-        ticket.settle()
+def _settle_all(answers: list[Answer]) -> None:
+    for answer in answers:
+        answer.settle()

@@ -1,8 +1,8 @@
 """Piano rolls by the SRNN of Marino, Cvitkovic & Yue (2018): its own filter, and amortized variational filtering of 1 and 5 steps.
 
 Published sizes: z 100, LSTM 300, prior 1×500, decoder 2×500, chunks of 25, batch 16. Trained here at equal seconds, each
-with its learning rate going to zero within them; against overfitting, which ends every run on these small sets, weights
-decay and every piece is transposed at random (the note grid has no key of its own).
+with its learning rate going to zero within them. Against overfitting, which ends every run on these small sets, weights decay
+and half of the pieces are transposed: all of them stand in C, so transposing every one costs more than it gives (docs/log.md).
 """
 
 from __future__ import annotations

@@ -1,0 +1,367 @@
+"""The live streams of one model, stepped together: one frame of each ready stream per tick.
+
+    portions in ─► ready streams, oldest due first ─► slice of the tick's budget ─► frame_K (or predict, step × k, advance) ─► portions out
+
+A stream's state stays in its engine slot from its first frame to its last. What a stream asks of its steps is exact; an
+elastic one takes fewer when it lags. Results depend on nothing but the stream's own frames, seed and steps: noise is keyed by
+(seed, frame, step), and programs never mix rows.
+
+Shapes: R rows of a tick, S samples, D latent size, X entries per frame.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact import Arrays, Card
+from service.engine.base import Engine
+from service.errors import BackendFailure, Overloaded, ShuttingDown
+from service.noise import Purpose, vectors, words
+from service.scheduler.cost import CostModel
+from service.streams.stream import Portion, Stream
+
+_LOG = logging.getLogger("elbow.streams")
+FRAME = "frame_K"
+WARM_UP_CALLS, LARGEST_WARM_UP = 3, 64
+LATE_S = 0.1
+"""An elastic stream gives up half of its steps for every so many seconds that it lags."""
+URGENT_S = 0.02
+"""A frame counts as due this long after it was spoken, when lanes compete."""
+
+
+class StreamCounts:
+    """What the lane has done so far; read by the metrics."""
+
+    def __init__(self) -> None:
+        self.ticks = self.frames = self.steps = self.degraded = self.nonfinite = 0
+
+
+class StreamLane:
+    """Implements `Lane` for a filter. `open` and `feed` may be called from any thread, all else runs on the engine thread.
+
+    Args:
+        capacity: streams that may be open at once.
+        wake: called when there is new work.
+    """
+
+    def __init__(self, key: str, engine: Engine, clock: Callable[[], float], capacity: int, wake: Callable[[], None]):
+        self.key, self.engine, self.cost = key, engine, CostModel()
+        self.passed_over, self.last_served, self.retiring, self.draining = 0, 0, False, False
+        self.counts = StreamCounts()
+        self._clock, self._capacity, self._wake = clock, capacity, wake
+        self._noise = FrameNoise(engine.card)
+        self._free = list(range(capacity - 1, -1, -1))
+        self._door = threading.Lock()
+        self._streams: set[Stream] = set()
+        self._ready: set[Stream] = set()
+        self._fed: deque[Stream] = deque()
+        self._leaving: deque[Stream] = deque()
+        self._out: list[Portion] = []
+        engine.allocate(capacity)
+        self._state = [spec.name for spec in engine.card.state]
+
+    # Any thread.
+
+    def open(self, stream: Stream) -> None:
+        """Gives `stream` a slot.
+
+        Raises:
+            Overloaded: all slots are taken. ShuttingDown: no new streams any more.
+        """
+        with self._door:
+            if self.draining or self.retiring:
+                raise ShuttingDown("the server is shutting down", retry_after_s=1.0)
+            if not self._free:
+                raise Overloaded(f"{self._capacity} streams of {self.key} are open, no more are taken", retry_after_s=5.0)
+            stream.slot = self._free.pop()
+            self._streams.add(stream)
+
+    def feed(self, portion: Portion) -> None:
+        """Puts a portion in its stream's line."""
+        portion.stream.waiting += len(portion.x)
+        portion.stream.portions.append(portion)
+        self._fed.append(portion.stream)
+        self._wake()
+
+    def close(self, stream: Stream) -> None:
+        """Frees the stream's slot; portions still in line are dropped, nobody waits for them. Closing twice is closing once."""
+        if not stream.closed:
+            stream.closed = True
+            self._leaving.append(stream)
+            self._wake()
+
+    @property
+    def live(self) -> int:
+        return len(self._streams)
+
+    # The engine thread.
+
+    def has_work(self) -> bool:
+        return bool(self._fed or self._leaving or self._ready)
+
+    def urgency(self) -> float:
+        self._collect()
+        return min((stream.due() for stream in self._ready), default=math.inf) + URGENT_S
+
+    def answered(self) -> list[Portion]:
+        out, self._out = self._out, []
+        return out
+
+    def tick(self, budget_s: float) -> None:
+        self._collect()
+        for stream in list(self._ready):
+            self._without_frames(stream)
+        if not self._ready:
+            return
+        self.counts.ticks += 1
+        now = self._clock()
+        groups: dict[tuple[int, bool], list[Stream]] = {}
+        for stream in self._slice(budget_s):
+            groups.setdefault((self._steps(stream, now), "prediction" in stream.spec.parts), []).append(stream)
+        for (steps, predicts), streams in groups.items():
+            try:
+                self._run(streams, steps, predicts)
+            except Exception as exc:
+                _LOG.exception("a frame of %d streams of %s failed", len(streams), self.key)
+                failure = BackendFailure(f"the engine failed on {self.key}: {exc}")
+                failure.__cause__ = exc
+                for stream in streams:
+                    self._fail(stream, failure)
+
+    def fail_all(self, error: Exception) -> None:
+        self._collect()
+        for stream in list(self._streams):
+            self._fail(stream, error)
+
+    def warm_up(self) -> None:
+        """Runs every program on batches of 1, 2, 4, … rows and notes the fastest run of each as its cost."""
+        card, size = self.engine.card, 1
+        while size <= min(LARGEST_WARM_UP, self._capacity):
+            rows = np.arange(size, dtype=np.intp)
+            self._load_begin(rows)
+            for program in ("predict", "init", "step", "advance", FRAME):
+                if program not in card.programs:
+                    continue
+                given = self._noise.blank(program, size)
+                blank = np.zeros((size, *card.x.shape), np.float32)
+                seconds = []
+                for _ in range(WARM_UP_CALLS):
+                    started = self._clock()
+                    self.engine.run_rows(program, rows, {**given, "x": blank, "mask": np.ones_like(blank)})
+                    seconds.append(self._clock() - started)
+                self.cost.seed(program, size, min(seconds))
+            size *= 2
+
+    def frame_s(self, rows: int, steps: int) -> float:
+        """Predicted seconds of one frame of so many streams."""
+        if steps == self.engine.card.trained_steps and FRAME in self.engine.card.programs:
+            return self.cost.seconds(FRAME, rows)
+        return sum(self.cost.seconds(name, rows) for name in ("predict", "init", "advance")) + steps * self.cost.seconds("step", rows)
+
+    def _collect(self) -> None:
+        while self._leaving:
+            self._leave(self._leaving.popleft())
+        while self._fed:
+            stream = self._fed.popleft()
+            if stream.closed or stream.failed is not None:
+                self._fail(stream, stream.failed)
+            elif stream.portions:
+                self._ready.add(stream)
+
+    def _leave(self, stream: Stream) -> None:
+        with self._door:
+            if stream in self._streams:
+                self._streams.remove(stream)
+                self._free.append(stream.slot)
+        self._ready.discard(stream)
+        stream.portions.clear()
+
+    def _slice(self, budget_s: float) -> list[Stream]:
+        """The ready streams whose frames fit the tick, those due first in front."""
+        most = self.cost.largest(FRAME if FRAME in self.engine.card.programs else "step", budget_s, len(self._ready))
+        streams = sorted(self._ready, key=Stream.due)
+        return streams[:most]
+
+    def _steps(self, stream: Stream, now: float) -> int:
+        """The steps its next frame gets."""
+        lag = stream.lag(now)
+        if not stream.spec.elastic or lag < LATE_S:
+            return stream.spec.steps
+        return stream.spec.steps >> int(lag / LATE_S)
+
+    def _without_frames(self, stream: Stream) -> None:
+        """Finishes the portions in front that have no frame left: markers, snapshots, bytes that completed none."""
+        while stream.portions and stream.portions[0].done == len(stream.portions[0].x):
+            self._finish(stream, stream.portions.popleft())
+        if not stream.portions:
+            self._ready.discard(stream)
+
+    def _finish(self, stream: Stream, portion: Portion) -> None:
+        if len(portion.x) == 0:
+            portion.first_frame = stream.frame
+        if portion.wants_state:
+            self._place(stream)
+            rows = self.engine.read_rows(np.array([stream.slot], np.intp), self._state)
+            portion.state = {name: value[0].copy() for name, value in rows.items()}
+        self._out.append(portion)
+
+    def _fail(self, stream: Stream, error: Exception | None) -> None:
+        stream.failed = error
+        while stream.portions:
+            portion = stream.portions.popleft()
+            if error is not None:
+                portion.error = error
+                self._out.append(portion)
+        self._ready.discard(stream)
+
+    def _place(self, stream: Stream) -> None:
+        """Writes the stream's first state into its slot, once."""
+        if stream.placed:
+            return
+        stream.placed = True
+        slot = np.array([stream.slot], np.intp)
+        if stream.spec.state is None:
+            self._load_begin(slot)
+        else:
+            self.engine.load_rows(slot, {name: stream.spec.state[name][None] for name in self._state})
+
+    def _load_begin(self, slots: NDArray[np.intp]) -> None:
+        begin = self.engine.begin
+        self.engine.load_rows(slots, {name: np.repeat(begin[name][None], len(slots), 0) for name in self._state})
+
+    def _run(self, streams: list[Stream], steps: int, predicts: bool) -> None:
+        """One frame of each of `streams`, all with so many steps."""
+        for stream in streams:
+            self._place(stream)
+        portions = [stream.portions[0] for stream in streams]
+        slots = np.array([stream.slot for stream in streams], np.intp)
+        seeds = np.array([stream.spec.seed for stream in streams], np.uint64)
+        frames = np.array([stream.frame for stream in streams], np.int64)
+        x = np.stack([portion.x[portion.done] for portion in portions])
+        mask = np.ones_like(x)
+        for row, portion in enumerate(portions):
+            if portion.mask is not None:
+                mask[row] = portion.mask[portion.done]
+        before = self.engine.read_rows(slots, self._state)
+        started = self._clock()
+        shows = any(stream.spec.shows for stream in streams)
+        shown, outputs = self._programs(slots, {"x": x, "mask": mask}, seeds, frames, steps, predicts, shows)
+        if len(streams) and not predicts:
+            self._observe(steps, len(streams), self._clock() - started)
+        log_likelihood = outputs["log_likelihood"].astype(np.float64)
+        kl = outputs["kl"].astype(np.float64).reshape(len(streams), -1).sum(1)
+        elbo = log_likelihood - kl
+        finite = np.isfinite(elbo)
+        if not finite.all():
+            bad = np.flatnonzero(~finite)
+            self.counts.nonfinite += len(bad)
+            self.engine.load_rows(slots[bad], {name: value[bad] for name, value in before.items()})
+        used = np.where(mask.reshape(len(streams), -1).any(1), steps, 0)
+        self.counts.frames += len(streams)
+        self.counts.steps += int(used.sum())
+        for row, (stream, portion) in enumerate(zip(streams, portions, strict=True)):
+            at = portion.done
+            if at == 0:
+                portion.first_frame = stream.frame
+            portion.elbo[at], portion.log_likelihood[at], portion.kl[at] = elbo[row], log_likelihood[row], kl[row]
+            portion.steps_used[at] = used[row]
+            if used[row] and steps < stream.spec.steps:
+                self.counts.degraded += 1
+            if stream.spec.shows:
+                portion.shown.append({name: value[row] for name, value in shown.items()})
+            portion.done += 1
+            stream.frame += 1
+            self._without_frames(stream)
+
+    def _programs(
+        self,
+        slots: NDArray[np.intp],
+        given: Arrays,
+        seeds: NDArray[np.uint64],
+        frames: NDArray[np.int64],
+        steps: int,
+        predicts: bool,
+        shows: bool,
+    ) -> tuple[Arrays, Arrays]:
+        """What may be shown of each row (nothing, unless `shows`), and the outputs that measure it."""
+        card, engine, noise = self.engine.card, self.engine, self._noise
+        shown: Arrays = {}
+        fused = steps == card.trained_steps and FRAME in card.programs
+        if predicts or not fused:
+            predicted = engine.run_rows("predict", slots, noise.predict(seeds, frames))
+            shown |= {f"prediction.{name}": value for name, value in predicted.items()}
+        if fused:
+            outputs = engine.run_rows(FRAME, slots, {**given, **noise.frame(seeds, frames, steps)})
+        else:
+            if "init" in card.programs:
+                engine.run_rows("init", slots, given)
+            for step in range(steps if "step" in card.programs else 0):
+                engine.run_rows("step", slots, {**given, **noise.step(seeds, frames, step)})
+            outputs = engine.run_rows("advance", slots, {**given, **noise.advance(seeds, frames)})
+        if not shows:
+            return {}, outputs
+        shown |= {f"reconstruction.{name}": value for name, value in outputs.items() if name not in ("log_likelihood", "kl", "trace")}
+        shown |= engine.read_rows(slots, [array for level in card.levels for array in level.parameters.values()])
+        return shown, outputs
+
+    def _observe(self, steps: int, rows: int, seconds: float) -> None:
+        if steps == self.engine.card.trained_steps and FRAME in self.engine.card.programs:
+            self.cost.observe(FRAME, rows, seconds)
+
+
+class FrameNoise:
+    """The noise of frames, keyed by (seed, frame, step): (R, …) arrays by the names of the programs' inputs."""
+
+    def __init__(self, card: Card):
+        self._card = card
+        self._latent = card.levels[0].size
+        self._samples, self._antithetic = card.samples, card.antithetic
+
+    def step(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], step: int) -> Arrays:
+        return {"noise0": self._draw(seeds, frames, [(step, Purpose.REFINE)])[:, 0]}
+
+    def advance(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> Arrays:
+        return {self._name("advance", "noise_advance"): self._draw(seeds, frames, [(0, Purpose.DRAW)])[:, 0]}
+
+    def predict(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> Arrays:
+        return {self._name("predict", "noise0"): self._draw(seeds, frames, [(0, Purpose.PRIOR)])[:, 0]}
+
+    def frame(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], steps: int) -> Arrays:
+        """For `frame_K`: the very numbers that `step` and `advance` would get, drawn in one call."""
+        drawn = self._draw(seeds, frames, [*((k, Purpose.REFINE) for k in range(steps)), (0, Purpose.DRAW)])
+        noise = {"noise_advance": np.ascontiguousarray(drawn[:, -1])}
+        return noise | ({"noise0": np.ascontiguousarray(drawn[:, :-1])} if steps else {})
+
+    def blank(self, program: str, rows: int) -> Arrays:
+        """Zeros, for warm-up."""
+        axes = {"rows": rows, "samples": self._samples}
+        return {
+            spec.name: np.zeros([axes[size] if isinstance(size, str) else size for size in spec.shape], np.float32)
+            for spec in self._card.programs[program].inputs
+            if spec.name.startswith("noise")
+        }
+
+    def _name(self, program: str, default: str) -> str:
+        return next((spec.name for spec in self._card.programs[program].inputs if spec.name.startswith("noise")), default)
+
+    def _draw(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], uses: list[tuple[int, Purpose]]) -> NDArray[np.float32]:
+        """(R, uses, S, D)."""
+        pairs = self._antithetic
+        count = self._samples // 2 if pairs else self._samples
+        word = np.concatenate([words(np.array([step]), level=0, purpose=purpose) for step, purpose in uses])
+        rows, many = len(seeds), len(uses) * count
+        drawn = vectors(
+            np.repeat(seeds, many),
+            np.tile(np.arange(count) * (2 if pairs else 1), rows * len(uses)),
+            np.tile(np.repeat(word, count), rows),
+            self._latent,
+            frame=np.repeat(frames, many),
+        ).reshape(rows, len(uses), count, self._latent)
+        return np.stack([drawn, -drawn], 3).reshape(rows, len(uses), -1, self._latent) if pairs else drawn

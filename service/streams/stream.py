@@ -1,0 +1,123 @@
+"""One stream: what it was opened with, where it stands, and the messages that wait for their frames to be filtered.
+
+A *portion* is what one message of the client brought: some frames (perhaps none), answered as one, in order. It is made in
+the event loop, worked on by the engine thread, and settled in the event loop again, exactly once.
+
+Shapes: n frames of a portion, X entries per frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact import Arrays
+
+PARTS = ("elbo", "surprise", "posterior", "log_likelihood", "kl", "reconstruction", "prediction")
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What a stream was opened with, as the server applies it.
+
+    Attributes:
+        parts: of PARTS, what results carry. frame_s: real-time length of a frame; 0 = there is none.
+        state: where it goes on from, one row each, without the row axis; None = from the beginning. frame: index of its first frame.
+    """
+
+    steps: int
+    seed: int
+    elastic: bool = False
+    parts: frozenset[str] = frozenset(("elbo", "surprise"))
+    frame_s: float = 0.0
+    state: Mapping[str, NDArray[Any]] | None = None
+    frame: int = 0
+
+    @property
+    def shows(self) -> bool:
+        """Whether arrays are wanted of every frame, and not only its nats."""
+        return bool(self.parts & {"posterior", "reconstruction", "prediction"})
+
+
+@dataclass(eq=False, slots=True)
+class Portion:
+    """Frames of one message and what filtering said of them.
+
+    Attributes:
+        x, mask: (n, X); mask None = all observed.
+        wants_state: the stream's state after the portion is to be read. about: whatever the connection wants to find again.
+        elbo, log_likelihood, kl: (n,) nats. steps_used: (n,). finite: (n,) bool. shown: per frame, the parts asked for.
+        state: after the portion, if wanted. error: instead of all this.
+    """
+
+    stream: Stream
+    x: NDArray[np.float32]
+    mask: NDArray[np.float32] | None
+    received: float
+    wants_state: bool = False
+    about: Any = None
+    done: int = 0
+    first_frame: int = 0
+    elbo: NDArray[np.float64] = field(init=False)
+    log_likelihood: NDArray[np.float64] = field(init=False)
+    kl: NDArray[np.float64] = field(init=False)
+    steps_used: NDArray[np.int64] = field(init=False)
+    shown: list[dict[str, Any]] = field(init=False)
+    state: Arrays | None = None
+    error: Exception | None = None
+    settled: bool = False
+
+    def __post_init__(self) -> None:
+        n = len(self.x)
+        self.elbo, self.log_likelihood, self.kl = np.zeros(n), np.zeros(n), np.zeros(n)
+        self.steps_used = np.zeros(n, np.int64)
+        self.shown = []
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        return self.stream.loop
+
+    def settle(self) -> None:
+        """Hands the portion back. Runs in the stream's event loop (or wherever the lane is driven from).
+
+        Raises:
+            RuntimeError: it was handed back before: that would be a fault of the lane.
+        """
+        if self.settled:
+            raise RuntimeError("a portion was answered twice")
+        self.settled = True
+        self.stream.waiting -= len(self.x)
+        self.stream.on_done(self)
+
+
+class Stream:
+    """A live stream. `waiting` counts frames handed in and not yet answered."""
+
+    def __init__(self, spec: StreamSpec, on_done: Callable[[Portion], None], loop: asyncio.AbstractEventLoop | None, opened: float):
+        self.spec, self.on_done, self.loop, self.opened = spec, on_done, loop, opened
+        self.slot = -1
+        self.frame = spec.frame
+        """Index of the next frame to be filtered. Engine thread only."""
+        self.waiting = 0
+        self.portions: deque[Portion] = deque()
+        """In line. Appended in the event loop, popped on the engine thread."""
+        self.placed = False
+        self.closed = False
+        self.failed: Exception | None = None
+
+    def due(self) -> float:
+        """When its next frame was, or will be, spoken: a frame sent faster than real time is due later than it came."""
+        portion = self.portions[0]
+        ahead = self.frame - self.spec.frame
+        return max(portion.received, self.opened + ahead * self.spec.frame_s) if self.spec.frame_s else portion.received
+
+    def lag(self, now: float) -> float:
+        """Seconds by which its next frame is late."""
+        return now - self.due() if self.portions else -math.inf
