@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from service import stream_cli
 from service.client import AsyncElbowClient, ElbowClient, ElbowHTTPError, Reply
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
@@ -33,6 +34,8 @@ class BulkError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if options.command == "stream":
+        return int(options.action(options))
     try:
         rows, names = read_rows(options.source, options.url, options.model, options.resize)
         asyncio.run(encode_all(rows, names, options))
@@ -167,7 +170,9 @@ def _read_image(file: Path, width: int, height: int, resize: bool) -> NDArray[np
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m service.client")
-    encode = parser.add_subparsers(dest="command", required=True).add_parser("encode", help="encode an .npy file or a folder of images")
+    commands = parser.add_subparsers(dest="command", required=True)
+    stream_cli.add_parser(commands)
+    encode = commands.add_parser("encode", help="encode an .npy file or a folder of images")
     encode.add_argument("source", type=Path, help=".npy file (rows first) or folder of images")
     encode.add_argument("--out", type=Path, required=True, help=".npz to write")
     encode.add_argument("--model", required=True)

@@ -44,6 +44,8 @@ def configure_logging(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # it logs every WebSocket with its query, in which a state token may stand
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "WebSocket" not in record.getMessage())
 
 
 @dataclass(slots=True)

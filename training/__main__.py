@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--rows", type=int, default=5000)
     evaluate.add_argument("--importance-rows", type=int, default=1000, help="rows of the 5,000-sample log p(x)")
     evaluate.add_argument("--gap-rows", type=int, default=500)
+    evaluate.add_argument("--split", default="valid", help="of a sequence model: valid, or test where the data set keeps it")
+    evaluate.add_argument("--particles", type=int, default=16, help="of a sequence model: particles of the FIVO bound")
     evaluate.add_argument("--threads", type=int)
     evaluate.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
     evaluate.set_defaults(action=_evaluate)
@@ -88,16 +90,35 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from models.artifact import CARD
-    from training.checkpoint import load_static
+    from models.catalogue import FilterModel
+    from training.checkpoint import load_static, load_weights
     from training.evaluate import Effort, evaluate, save, table
 
     _set_threads(args.threads)
+    if isinstance(load_weights(args.checkpoint[0])[0], FilterModel):
+        return _evaluate_filters(args)
     effort = Effort(rows=args.rows, importance_rows=args.importance_rows, gap_rows=args.gap_rows)
     evaluations = []
     for folder in args.checkpoint:
         model, run, facts = load_static(folder)
         evaluations.append(evaluate(model, run, facts, effort, args.data))
         if not (folder / CARD).exists():  # an artifact's folder never changes
+            save(evaluations[-1], folder)
+    print(table(evaluations))
+    return 0
+
+
+def _evaluate_filters(args: argparse.Namespace) -> int:
+    from models.artifact import CARD
+    from training.checkpoint import load_filter
+    from training.evaluate_filter import FilterEffort, evaluate_filter, save, table
+
+    effort = FilterEffort(particles=args.particles)
+    evaluations = []
+    for folder in args.checkpoint:
+        model, run, facts = load_filter(folder)
+        evaluations.append(evaluate_filter(model, run, facts, effort, split=args.split, data_root=args.data))
+        if not (folder / CARD).exists():
             save(evaluations[-1], folder)
     print(table(evaluations))
     return 0
