@@ -29,7 +29,7 @@ from service.streams.stream import Portion, Stream
 
 _LOG = logging.getLogger("elbow.streams")
 FRAME = "frame_K"
-WARM_UP_CALLS, LARGEST_WARM_UP = 3, 64
+WARM_UP_CALLS, LARGEST_WARM_UP = 3, 256
 LATE_S = 0.1
 """An elastic stream gives up half of its steps for every so many seconds that it lags."""
 URGENT_S = 0.02
@@ -116,15 +116,13 @@ class StreamLane:
 
     def tick(self, budget_s: float) -> None:
         self._collect()
-        for stream in list(self._ready):
-            self._without_frames(stream)
         if not self._ready:
             return
         self.counts.ticks += 1
         now = self._clock()
         groups: dict[tuple[int, bool], list[Stream]] = {}
         for stream in self._slice(budget_s):
-            groups.setdefault((self._steps(stream, now), "prediction" in stream.spec.parts), []).append(stream)
+            groups.setdefault((self._steps(stream, now), stream.predicts), []).append(stream)
         for (steps, predicts), streams in groups.items():
             try:
                 self._run(streams, steps, predicts)
@@ -174,6 +172,7 @@ class StreamLane:
                 self._fail(stream, stream.failed)
             elif stream.portions:
                 self._ready.add(stream)
+                self._without_frames(stream)
 
     def _leave(self, stream: Stream) -> None:
         with self._door:
@@ -186,15 +185,13 @@ class StreamLane:
     def _slice(self, budget_s: float) -> list[Stream]:
         """The ready streams whose frames fit the tick, those due first in front."""
         most = self.cost.largest(FRAME if FRAME in self.engine.card.programs else "step", budget_s, len(self._ready))
-        streams = sorted(self._ready, key=Stream.due)
-        return streams[:most]
+        return list(self._ready) if most >= len(self._ready) else sorted(self._ready, key=Stream.due)[:most]
 
     def _steps(self, stream: Stream, now: float) -> int:
         """The steps its next frame gets."""
-        lag = stream.lag(now)
-        if not stream.spec.elastic or lag < LATE_S:
+        if not stream.spec.elastic:
             return stream.spec.steps
-        return stream.spec.steps >> int(lag / LATE_S)
+        return stream.spec.steps >> max(0, int(stream.lag(now) / LATE_S))
 
     def _without_frames(self, stream: Stream) -> None:
         """Finishes the portions in front that have no frame left: markers, snapshots, bytes that completed none."""
@@ -242,8 +239,6 @@ class StreamLane:
             self._place(stream)
         portions = [stream.portions[0] for stream in streams]
         slots = np.array([stream.slot for stream in streams], np.intp)
-        seeds = np.array([stream.spec.seed for stream in streams], np.uint64)
-        frames = np.array([stream.frame for stream in streams], np.int64)
         x = np.stack([portion.x[portion.done] for portion in portions])
         mask = np.ones_like(x)
         for row, portion in enumerate(portions):
@@ -251,9 +246,9 @@ class StreamLane:
                 mask[row] = portion.mask[portion.done]
         before = self.engine.read_rows(slots, self._state)
         started = self._clock()
-        shows = any(stream.spec.shows for stream in streams)
-        shown, outputs = self._programs(slots, {"x": x, "mask": mask}, seeds, frames, steps, predicts, shows)
-        if len(streams) and not predicts:
+        shows = any(stream.shows for stream in streams)
+        shown, outputs = self._programs(slots, {"x": x, "mask": mask}, portions, steps, predicts, shows)
+        if not predicts:
             self._observe(steps, len(streams), self._clock() - started)
         log_likelihood = outputs["log_likelihood"].astype(np.float64)
         kl = outputs["kl"].astype(np.float64).reshape(len(streams), -1).sum(1)
@@ -263,48 +258,44 @@ class StreamLane:
             bad = np.flatnonzero(~finite)
             self.counts.nonfinite += len(bad)
             self.engine.load_rows(slots[bad], {name: value[bad] for name, value in before.items()})
-        used = np.where(mask.reshape(len(streams), -1).any(1), steps, 0)
+        used = np.where(mask.any(1), steps, 0)
         self.counts.frames += len(streams)
         self.counts.steps += int(used.sum())
-        for row, (stream, portion) in enumerate(zip(streams, portions, strict=True)):
-            at = portion.done
-            if at == 0:
+        rows = zip(streams, portions, elbo.tolist(), log_likelihood.tolist(), kl.tolist(), used.tolist(), strict=True)
+        for row, (stream, portion, one_elbo, one_log_likelihood, one_kl, one_used) in enumerate(rows):
+            if portion.done == 0:
                 portion.first_frame = stream.frame
-            portion.elbo[at], portion.log_likelihood[at], portion.kl[at] = elbo[row], log_likelihood[row], kl[row]
-            portion.steps_used[at] = used[row]
-            if used[row] and steps < stream.spec.steps:
+            portion.elbo.append(one_elbo)
+            portion.log_likelihood.append(one_log_likelihood)
+            portion.kl.append(one_kl)
+            portion.steps_used.append(one_used)
+            if one_used and steps < stream.spec.steps:
                 self.counts.degraded += 1
-            if stream.spec.shows:
+            if stream.shows:
                 portion.shown.append({name: value[row] for name, value in shown.items()})
             portion.done += 1
             stream.frame += 1
-            self._without_frames(stream)
+            if portion.done == len(portion.x):
+                self._without_frames(stream)
 
     def _programs(
-        self,
-        slots: NDArray[np.intp],
-        given: Arrays,
-        seeds: NDArray[np.uint64],
-        frames: NDArray[np.int64],
-        steps: int,
-        predicts: bool,
-        shows: bool,
+        self, slots: NDArray[np.intp], given: Arrays, portions: list[Portion], steps: int, predicts: bool, shows: bool
     ) -> tuple[Arrays, Arrays]:
         """What may be shown of each row (nothing, unless `shows`), and the outputs that measure it."""
-        card, engine, noise = self.engine.card, self.engine, self._noise
+        card, engine = self.engine.card, self.engine
         shown: Arrays = {}
-        fused = steps == card.trained_steps and FRAME in card.programs
-        if predicts or not fused:
-            predicted = engine.run_rows("predict", slots, noise.predict(seeds, frames))
-            shown |= {f"prediction.{name}": value for name, value in predicted.items()}
-        if fused:
-            outputs = engine.run_rows(FRAME, slots, {**given, **noise.frame(seeds, frames, steps)})
+        if steps == card.trained_steps and FRAME in card.programs and not predicts:
+            outputs = engine.run_rows(FRAME, slots, {**given, **self._noise.ahead(portions)})
         else:
+            seeds = np.array([portion.stream.spec.seed for portion in portions], np.uint64)
+            frames = np.array([portion.stream.frame for portion in portions], np.int64)
+            predicted = engine.run_rows("predict", slots, self._noise.predict(seeds, frames))
+            shown |= {f"prediction.{name}": value for name, value in predicted.items()}
             if "init" in card.programs:
                 engine.run_rows("init", slots, given)
             for step in range(steps if "step" in card.programs else 0):
-                engine.run_rows("step", slots, {**given, **noise.step(seeds, frames, step)})
-            outputs = engine.run_rows("advance", slots, {**given, **noise.advance(seeds, frames)})
+                engine.run_rows("step", slots, {**given, **self._noise.step(seeds, frames, step)})
+            outputs = engine.run_rows("advance", slots, {**given, **self._noise.advance(seeds, frames)})
         if not shows:
             return {}, outputs
         shown |= {f"reconstruction.{name}": value for name, value in outputs.items() if name not in ("log_likelihood", "kl", "trace")}
@@ -333,11 +324,23 @@ class FrameNoise:
     def predict(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> Arrays:
         return {self._name("predict", "noise0"): self._draw(seeds, frames, [(0, Purpose.PRIOR)])[:, 0]}
 
-    def frame(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], steps: int) -> Arrays:
-        """For `frame_K`: the very numbers that `step` and `advance` would get, drawn in one call."""
-        drawn = self._draw(seeds, frames, [*((k, Purpose.REFINE) for k in range(steps)), (0, Purpose.DRAW)])
-        noise = {"noise_advance": np.ascontiguousarray(drawn[:, -1])}
-        return noise | ({"noise0": np.ascontiguousarray(drawn[:, :-1])} if steps else {})
+    def ahead(self, portions: list[Portion]) -> Arrays:
+        """For the fused program, the very numbers that `step` and `advance` would get: of all frames of a portion at once, since
+        a call costs about the same for one frame as for some dozens."""
+        new = [portion for portion in portions if portion.noise is None]
+        if new:
+            left = [len(portion.x) - portion.done for portion in new]
+            seeds = np.repeat(np.array([portion.stream.spec.seed for portion in new], np.uint64), left)
+            frames = np.concatenate([np.arange(p.stream.frame, p.stream.frame + n) for p, n in zip(new, left, strict=True)])
+            steps = self._card.trained_steps
+            drawn = self._draw(seeds, frames, [*((k, Purpose.REFINE) for k in range(steps)), (0, Purpose.DRAW)])
+            at = 0
+            for portion, count in zip(new, left, strict=True):
+                portion.noise, portion.noise_from = drawn[at : at + count], portion.done
+                at += count
+        rows = np.stack([p.noise[p.done - p.noise_from] for p in portions if p.noise is not None])
+        noise = {"noise_advance": np.ascontiguousarray(rows[:, -1])}
+        return noise | ({"noise0": np.ascontiguousarray(rows[:, :-1])} if self._card.trained_steps else {})
 
     def blank(self, program: str, rows: int) -> Arrays:
         """Zeros, for warm-up."""

@@ -27,14 +27,18 @@ class Shaper:
     def results(self, portion: Portion, spec: StreamSpec) -> list[dict[str, Any]]:
         """One dictionary per frame, in order."""
         elbo = np.round(portion.elbo, DECIMALS)
-        quantiles = self._surprise_quantiles(portion.elbo, portion.steps_used)
+        quantiles = self._surprise_quantiles(elbo, portion.steps_used)
         surprise = (-elbo).tolist()
-        finite = np.isfinite(portion.elbo)
-        used = portion.steps_used.tolist()
+        finite = np.isfinite(elbo)
         results: list[dict[str, Any]] = [
             {"frame": frame, "elbo": value, "surprise": minus, "surprise_quantile": quantile, "steps_used": steps}
             for frame, value, minus, quantile, steps in zip(
-                range(portion.first_frame, portion.first_frame + len(surprise)), elbo.tolist(), surprise, quantiles, used, strict=True
+                range(portion.first_frame, portion.first_frame + len(surprise)),
+                elbo.tolist(),
+                surprise,
+                quantiles,
+                portion.steps_used,
+                strict=True,
             )
         ]
         if not finite.all():
@@ -56,11 +60,11 @@ class Shaper:
         """Whether the frame was lost: it takes no steps, and nothing was given up."""
         return portion.mask is not None and not portion.mask[result["frame"] - portion.first_frame].any()
 
-    def _surprise_quantiles(self, elbo: NDArray[np.float64], used: NDArray[np.int64]) -> list[float | None]:
+    def _surprise_quantiles(self, elbo: NDArray[np.float64], used: list[int]) -> list[float | None]:
         """The share of training frames that were less surprising, after the nearest number of steps."""
         if not self._tables:
             return [None] * len(elbo)
-        table = self._tables[int(np.abs(self._steps - (int(used.max()) if len(used) else 0)).argmin())]
+        table = self._tables[int(np.abs(self._steps - (max(used) if used else 0)).argmin())]
         found: list[float | None] = np.round(1 - np.interp(elbo, table, self._probabilities), DECIMALS).tolist()
         return found
 

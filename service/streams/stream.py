@@ -40,11 +40,6 @@ class StreamSpec:
     state: Mapping[str, NDArray[Any]] | None = None
     frame: int = 0
 
-    @property
-    def shows(self) -> bool:
-        """Whether arrays are wanted of every frame, and not only its nats."""
-        return bool(self.parts & {"posterior", "reconstruction", "prediction"})
-
 
 @dataclass(eq=False, slots=True)
 class Portion:
@@ -53,7 +48,8 @@ class Portion:
     Attributes:
         x, mask: (n, X); mask None = all observed.
         wants_state: the stream's state after the portion is to be read. about: whatever the connection wants to find again.
-        elbo, log_likelihood, kl: (n,) nats. steps_used: (n,). finite: (n,) bool. shown: per frame, the parts asked for.
+        elbo, log_likelihood, kl: nats, one per frame done. steps_used: likewise. shown: per frame, the arrays asked for.
+        noise: (frames left, uses, S, D) from frame `noise_from` on, made when the first one's turn comes.
         state: after the portion, if wanted. error: instead of all this.
     """
 
@@ -65,20 +61,16 @@ class Portion:
     about: Any = None
     done: int = 0
     first_frame: int = 0
-    elbo: NDArray[np.float64] = field(init=False)
-    log_likelihood: NDArray[np.float64] = field(init=False)
-    kl: NDArray[np.float64] = field(init=False)
-    steps_used: NDArray[np.int64] = field(init=False)
-    shown: list[dict[str, Any]] = field(init=False)
+    elbo: list[float] = field(default_factory=list)
+    log_likelihood: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    steps_used: list[int] = field(default_factory=list)
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    noise: NDArray[np.float32] | None = None
+    noise_from: int = 0
     state: Arrays | None = None
     error: Exception | None = None
     settled: bool = False
-
-    def __post_init__(self) -> None:
-        n = len(self.x)
-        self.elbo, self.log_likelihood, self.kl = np.zeros(n), np.zeros(n), np.zeros(n)
-        self.steps_used = np.zeros(n, np.int64)
-        self.shown = []
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -102,6 +94,9 @@ class Stream:
 
     def __init__(self, spec: StreamSpec, on_done: Callable[[Portion], None], loop: asyncio.AbstractEventLoop | None, opened: float):
         self.spec, self.on_done, self.loop, self.opened = spec, on_done, loop, opened
+        self.shows = bool(spec.parts & {"posterior", "reconstruction", "prediction"})
+        """Whether arrays are wanted of every frame, and not only its nats."""
+        self.predicts = "prediction" in spec.parts
         self.slot = -1
         self.frame = spec.frame
         """Index of the next frame to be filtered. Engine thread only."""
