@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 from _report import artifact_name, keep, table
 from _timing import time_in_turn
-from websockets.asyncio.client import connect
 
 from models.artifact import Artifact
 from training.data.sequence_catalogue import load_sequences
@@ -49,60 +48,101 @@ def speech(data: str | None) -> bytes:
     return (np.clip(x, -1, 1) * 32767).astype("<i2").tobytes()
 
 
-async def one_stream(url: str, pcm: bytes, offset: float, counted: float, until: float, lags: list[float]) -> int:
-    """Sends in real time until then, notes the lag of every message sent since `counted`; how many frames were answered."""
-    step = 2 * MESSAGE
-    frames = 0
-    async with connect(url, compression=None, ping_interval=None, max_queue=None) as ws:
-        await ws.recv()
-        sent: list[float] = []
+class Caller(asyncio.Protocol):
+    """One stream's side of a WebSocket, with as little Python as will do: the generator shares the server's cores.
+
+    Client frames must be masked; a mask of zeros leaves the payload as it is.
+    """
+
+    def __init__(self, path: str, pcm: bytes):
+        step = 2 * MESSAGE
+        self._messages = [_frame(0x82, pcm[at : at + step]) for at in range(0, len(pcm) - step, step)]
+        self._request = (
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        self._buffer, self._upgraded = b"", False
+        self.sent: list[float] = []
+        self.answered: list[float] = []
         loop = asyncio.get_running_loop()
+        self._now, self.opened, self.closed = loop.time, loop.create_future(), loop.create_future()
 
-        async def send() -> None:
-            begin = loop.time() + offset
-            count = 0
-            while loop.time() < until:
-                await asyncio.sleep(max(0.0, begin + count * MESSAGE / RATE - loop.time()))
-                at = (count * step) % (len(pcm) - step)
-                sent.append(loop.time())
-                await ws.send(pcm[at : at + step])
-                count += 1
-            await ws.send('{"type":"close"}')
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.write(self._request.encode())
 
-        sender = asyncio.create_task(send())
-        place = 0
-        async for raw in ws:
-            # every message but the last is one of results, told apart without parsing what is not measured
-            now = loop.time()
-            if not str(raw).startswith('{"type":"results"'):
-                continue
-            begun = sent[place]
-            place += 1
-            frames += MESSAGE // FRAME
-            if counted <= begun < until:
-                lags.append(now - begun)
-        await sender
-    return frames
+    def data_received(self, data: bytes) -> None:
+        now, buffer, at = self._now(), self._buffer + data, 0
+        if not self._upgraded:
+            end = buffer.find(b"\r\n\r\n")
+            if end < 0:
+                self._buffer = buffer
+                return
+            if b" 101 " not in buffer[:end]:
+                raise RuntimeError(f"refused: {buffer!r}")
+            self._upgraded, at = True, end + 4
+        while len(buffer) - at >= 4:
+            size, head = buffer[at + 1], 2
+            if size == 126:
+                size, head = int.from_bytes(buffer[at + 2 : at + 4]), 4
+            elif size == 127:
+                size, head = int.from_bytes(buffer[at + 2 : at + 10]), 10
+            if len(buffer) - at < head + size:
+                break
+            said = buffer[at + head : at + head + 17]
+            if said == b'{"type":"results"':
+                self.answered.append(now)
+            elif said[:16] == b'{"type":"opened"':
+                self.opened.set_result(None)
+            elif said[:15] == b'{"type":"error"':
+                raise RuntimeError(buffer[at + head : at + head + size].decode())
+            at += head + size
+        self._buffer = buffer[at:]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    async def speak(self, offset: float, until: float) -> None:
+        """Sends in real time until then, and closes when everything was answered."""
+        await self.opened
+        begin = self._now() + offset
+        while self._now() < until:
+            await asyncio.sleep(max(0.0, begin + len(self.sent) * MESSAGE / RATE - self._now()))
+            self.transport.write(self._messages[len(self.sent) % len(self._messages)])
+            self.sent.append(self._now())
+        self.transport.write(_frame(0x81, b'{"type":"close"}'))
+        await self.closed
+
+
+def _frame(kind: int, payload: bytes) -> bytes:
+    size = len(payload)
+    length = bytes([0x80 | size]) if size < 126 else bytes([0x80 | 126]) + size.to_bytes(2)
+    return bytes([kind]) + length + bytes(4) + payload
 
 
 async def load(port: int, name: str, streams: int, seconds: float, pcm: bytes, on_top: Any = None) -> tuple[float, float, int]:
     """99th percentile and median of the lag in ms, and frames answered."""
-    lags: list[float] = []
     loop = asyncio.get_running_loop()
-    opening = 0.005 * streams
-    until = loop.time() + opening + WARM_UP_S + seconds
-    url = f"ws://127.0.0.1:{port}/v1/models/{name}/filter?encoding=pcm_s16le&sample_rate={RATE}&seed="
-    tasks = []
+    until = loop.time() + 0.005 * streams + WARM_UP_S + seconds
+    callers, tasks = [], []
     for i in range(streams):
-        tasks.append(
-            asyncio.create_task(one_stream(url + str(i), pcm[2 * FRAME * (i % 50) :], (i % 97) / 970, until - seconds, until, lags))
-        )
+        path = f"/v1/models/{name}/filter?encoding=pcm_s16le&sample_rate={RATE}&seed={i}"
+        _, caller = await loop.create_connection(lambda path=path, i=i: Caller(path, pcm[2 * FRAME * (i % 50) :]), "127.0.0.1", port)
+        callers.append(caller)
+        tasks.append(asyncio.create_task(caller.speak((i % 97) / 970, until)))
         await asyncio.sleep(0.005)
     if on_top is not None:
         await asyncio.sleep(seconds / 2)
         on_top()
-    frames = sum(await asyncio.gather(*tasks))
-    return float(np.percentile(lags, 99)) * 1e3, float(np.median(lags)) * 1e3, frames
+    await asyncio.gather(*tasks)
+    for caller in callers:
+        if len(caller.answered) != len(caller.sent):
+            raise RuntimeError(f"{len(caller.sent)} messages sent, {len(caller.answered)} answered")
+    pairs = [(a, b) for caller in callers for a, b in zip(caller.sent, caller.answered, strict=True)]
+    lags = [b - a for a, b in pairs if until - seconds <= a < until]
+    return float(np.percentile(lags, 99)) * 1e3, float(np.median(lags)) * 1e3, len(pairs) * MESSAGE // FRAME
 
 
 @contextmanager

@@ -41,8 +41,8 @@ class Engine(Protocol):
         """Writes `arrays` (R, ...) into `slots` (R,)."""
         ...
 
-    def run_rows(self, program: str, slots: Slots, noise: Mapping[str, NDArray[Any]]) -> Arrays:
-        """Runs `program` on the rows in `slots`.
+    def run_rows(self, program: str, slots: Slots, noise: Mapping[str, NDArray[Any]], guard: str | None = None) -> Arrays:
+        """Runs `program` on the rows in `slots`. A row whose output `guard` is not finite keeps what it had.
 
         Inputs come from the slots by name, noise (R, S, D) from the caller. Outputs that have a place in the slots
         (carry, context) are written back there; the others (norms, likelihoods) are returned.
@@ -76,12 +76,16 @@ class HostRows:
         for name, value in arrays.items():
             self._rows[name][slots] = value
 
-    def run_rows(self, program: str, slots: Slots, noise: Mapping[str, NDArray[Any]]) -> Arrays:
+    def run_rows(self, program: str, slots: Slots, noise: Mapping[str, NDArray[Any]], guard: str | None = None) -> Arrays:
         spec = self.card.programs[program]
         gathered = {t.name: noise[t.name] if t.name in noise else self._rows[t.name].take(slots, axis=0) for t in spec.inputs}
         outputs = self.run(program, gathered)
         resident = [name for name in outputs if name in self._rows]
-        self.load_rows(slots, {name: outputs.pop(name) for name in resident})
+        made = {name: outputs.pop(name) for name in resident}
+        if guard is not None and not np.isfinite(outputs[guard]).all():
+            good = np.isfinite(outputs[guard].reshape(len(slots), -1)).all(1)
+            slots, made = slots[good], {name: value[good] for name, value in made.items()}
+        self.load_rows(slots, made)
         return outputs
 
     def read_rows(self, slots: Slots, names: Iterable[str]) -> Arrays:

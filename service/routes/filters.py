@@ -41,7 +41,7 @@ async def filter_frames(request: Request) -> Response:
 
     settings, snapshot, x, mask = await in_worker_if_large(len(raw), prepare)
     done: asyncio.Future[Portion] = asyncio.get_running_loop().create_future()
-    stream = Stream(spec_of(settings, 0.0, snapshot), _settle(done), asyncio.get_running_loop(), server.clock())
+    stream = Stream(spec_of(settings, 0.0, snapshot), _settle(done), asyncio.get_running_loop())
     lane.open(stream)
     try:
         fed = server.clock()

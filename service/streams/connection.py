@@ -123,7 +123,7 @@ class Connection:
     async def _open(self) -> None:
         given = from_query(self._socket.query_params) if self._socket.query_params else self._parse(await self._receive())
         opened = open_with(given, self._model, self._server.tokens, self._key_id)
-        stream = Stream(opened.spec, self._done, self._loop, self._server.clock())
+        stream = Stream(opened.spec, self._done, self._loop)
         self._lane.open(stream)
         self._stream, self._opened = stream, opened
         if opened.snapshot is not None:

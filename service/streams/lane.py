@@ -85,8 +85,7 @@ class StreamLane:
 
     def feed(self, portion: Portion) -> None:
         """Puts a portion in its stream's line."""
-        portion.stream.waiting += len(portion.x)
-        portion.stream.portions.append(portion)
+        portion.stream.feed(portion)
         self._fed.append(portion.stream)
         self._wake()
 
@@ -244,7 +243,6 @@ class StreamLane:
         for row, portion in enumerate(portions):
             if portion.mask is not None:
                 mask[row] = portion.mask[portion.done]
-        before = self.engine.read_rows(slots, self._state)
         started = self._clock()
         shows = any(stream.shows for stream in streams)
         shown, outputs = self._programs(slots, {"x": x, "mask": mask}, portions, steps, predicts, shows)
@@ -253,11 +251,7 @@ class StreamLane:
         log_likelihood = outputs["log_likelihood"].astype(np.float64)
         kl = outputs["kl"].astype(np.float64).reshape(len(streams), -1).sum(1)
         elbo = log_likelihood - kl
-        finite = np.isfinite(elbo)
-        if not finite.all():
-            bad = np.flatnonzero(~finite)
-            self.counts.nonfinite += len(bad)
-            self.engine.load_rows(slots[bad], {name: value[bad] for name, value in before.items()})
+        self.counts.nonfinite += int(np.count_nonzero(~np.isfinite(elbo)))
         used = np.where(mask.any(1), steps, 0)
         self.counts.frames += len(streams)
         self.counts.steps += int(used.sum())
@@ -285,7 +279,7 @@ class StreamLane:
         card, engine = self.engine.card, self.engine
         shown: Arrays = {}
         if steps == card.trained_steps and FRAME in card.programs and not predicts:
-            outputs = engine.run_rows(FRAME, slots, {**given, **self._noise.ahead(portions)})
+            outputs = engine.run_rows(FRAME, slots, {**given, **self._noise.ahead(portions)}, guard="log_likelihood")
         else:
             seeds = np.array([portion.stream.spec.seed for portion in portions], np.uint64)
             frames = np.array([portion.stream.frame for portion in portions], np.int64)
@@ -295,7 +289,7 @@ class StreamLane:
                 engine.run_rows("init", slots, given)
             for step in range(steps if "step" in card.programs else 0):
                 engine.run_rows("step", slots, {**given, **self._noise.step(seeds, frames, step)})
-            outputs = engine.run_rows("advance", slots, {**given, **self._noise.advance(seeds, frames)})
+            outputs = engine.run_rows("advance", slots, {**given, **self._noise.advance(seeds, frames)}, guard="log_likelihood")
         if not shows:
             return {}, outputs
         shown |= {f"reconstruction.{name}": value for name, value in outputs.items() if name not in ("log_likelihood", "kl", "trace")}

@@ -59,6 +59,7 @@ class Portion:
     received: float
     wants_state: bool = False
     about: Any = None
+    due: float = 0.0
     done: int = 0
     first_frame: int = 0
     elbo: list[float] = field(default_factory=list)
@@ -92,8 +93,10 @@ class Portion:
 class Stream:
     """A live stream. `waiting` counts frames handed in and not yet answered."""
 
-    def __init__(self, spec: StreamSpec, on_done: Callable[[Portion], None], loop: asyncio.AbstractEventLoop | None, opened: float):
-        self.spec, self.on_done, self.loop, self.opened = spec, on_done, loop, opened
+    def __init__(self, spec: StreamSpec, on_done: Callable[[Portion], None], loop: asyncio.AbstractEventLoop | None):
+        self.spec, self.on_done, self.loop = spec, on_done, loop
+        self._began: float | None = None
+        self._handed_in = 0
         self.shows = bool(spec.parts & {"posterior", "reconstruction", "prediction"})
         """Whether arrays are wanted of every frame, and not only its nats."""
         self.predicts = "prediction" in spec.parts
@@ -107,11 +110,19 @@ class Stream:
         self.closed = False
         self.failed: Exception | None = None
 
+    def feed(self, portion: Portion) -> None:
+        """Puts a portion in line. A portion sent ahead of real time is due when it would have been spoken, else when it came."""
+        if self._began is None and len(portion.x):
+            self._began = portion.received
+        spoken = self._handed_in * self.spec.frame_s
+        portion.due = max(portion.received, (self._began or 0.0) + spoken) if self.spec.frame_s else portion.received
+        self._handed_in += len(portion.x)
+        self.waiting += len(portion.x)
+        self.portions.append(portion)
+
     def due(self) -> float:
-        """When its next frame was, or will be, spoken: a frame sent faster than real time is due later than it came."""
-        portion = self.portions[0]
-        ahead = self.frame - self.spec.frame
-        return max(portion.received, self.opened + ahead * self.spec.frame_s) if self.spec.frame_s else portion.received
+        """When the next frame's portion was due."""
+        return self.portions[0].due
 
     def lag(self, now: float) -> float:
         """Seconds by which its next frame is late."""

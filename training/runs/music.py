@@ -15,7 +15,7 @@ from training.config import OptimiserConfig, RefinementConfig
 from training.sequence_config import SequenceDataConfig, SequenceRunConfig
 
 OWN = OwnFilterArchitecture(hidden=(500,), residual=True)
-NET = IterativeArchitecture(encodings=("q_layer_norm", "grad_layer_norm"), hidden=(320, 320), highway=True)
+NET = IterativeArchitecture(encodings=("x", "q_layer_norm", "grad_layer_norm"), hidden=(320, 320), highway=True)
 SETS = {"jsb": "jsb", "nottingham": "nottingham", "musedata": "musedata", "piano-midi": "piano_midi"}
 STEPS = (1, 5)
 
