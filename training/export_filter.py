@@ -20,12 +20,13 @@ from training.data.ragged import Ragged
 from training.data.sequence_batches import ResidentSequences, evaluation_batches
 from training.data.sequence_catalogue import load_sequences
 from training.data.sequences import Sequences
-from training.export_files import PROBABILITIES, REFERENCE_ROWS, REFERENCE_SAMPLES, Description
+from training.export_files import PROBABILITIES, REFERENCE_ROWS, REFERENCE_SAMPLES, Description, ExportError
 from training.sequence_config import SequenceRunConfig
 
 MAX_STEPS = 16
 CURVE_STEPS = (0, 1, 2, 3, 4, 8, 16)
 CURVE_SEED = 4
+REFERENCE_FRAMES = 3
 PIECE = 100
 """Frames of a sequence that the curve sees at most: many short pieces say more of the spread than a few long ones."""
 
@@ -113,9 +114,16 @@ def _traces(model: FilterModel, part: Ragged, steps: tuple[int, ...], samples: i
 
 def _rows(sequences: Sequences) -> tuple[Tensor, Tensor]:
     """(B, T, X) real frames and a mask: at the last frame one row is half hidden and one wholly."""
-    longest = sorted(range(len(sequences.valid)), key=lambda i: -len(sequences.valid[i]))[:REFERENCE_ROWS]
-    middle = [sequences.valid[i][len(sequences.valid[i]) // 3 :][:3] for i in longest]
-    x = torch.stack([torch.from_numpy(piece).float() for piece in middle if len(piece) == 3])
+    long = [piece for piece in sequences.valid if len(piece) >= REFERENCE_FRAMES]
+    if not long:
+        raise ExportError(f"{sequences.name}: no validation sequence has {REFERENCE_FRAMES} frames, which the reference needs")
+    # several windows of one sequence where there are few
+    windows = []
+    for i in range(REFERENCE_ROWS):
+        piece = long[i % len(long)]
+        start = (len(piece) - REFERENCE_FRAMES) * (i + 1) // (REFERENCE_ROWS + 1)
+        windows.append(torch.from_numpy(piece[start : start + REFERENCE_FRAMES].copy()).float())
+    x = torch.stack(windows)
     mask = torch.ones_like(x)
     mask[0, -1, : x.shape[-1] // 2] = 0
     mask[1, -1] = 0
