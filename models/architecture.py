@@ -95,14 +95,12 @@ class IterativeArchitecture:
         encodings: what it reads, names of models/inference/encodings.py.
         recurrent: keeps a GRU state of width hidden[-1] between steps.
         encode_mask: it also reads which entries of x are observed.
-        natural: adds a learned share of a bounded natural-gradient step, + s ⊙ σ ⊙ u/(1 + |u|) with u = σ ∇μ L (log σ: u = ∇log σ L).
     """
 
     encodings: tuple[str, ...] = ("x", "grad_layer_norm", "q")
     hidden: tuple[int, ...] = (512, 512)
     highway: bool = False
     recurrent: bool = False
-    natural: bool = False
     encode_mask: bool = False
     kind: Literal["iterative"] = "iterative"
 

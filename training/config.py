@@ -17,12 +17,10 @@ class DataConfig:
     Attributes:
         name: a row of training/data/catalogue.py.
         mask_probability: how often a training row has a part hidden.
-        warp_probability: how often a grey training image is slightly turned, scaled, sheared and shifted.
     """
 
     name: str = "mnist"
     mask_probability: float = 0.0
-    warp_probability: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from training.data.binarise import observe
 from training.data.catalogue import load
 from training.data.images import Images
 from training.data.masks import random_masks
-from training.data.warp import random_warps
 from training.run_loop import RunLoop
 from training.step import Seen, fresh_noise
 from training.update import Gradients
@@ -33,8 +32,6 @@ class Trainer(RunLoop):
     def __init__(self, run: RunConfig, folder: Path, fabric: Fabric, data_root: str | None = None):
         self.run = run
         self.images: Images = load(run.data.name, data_root)
-        if run.data.warp_probability and self.images.kind != "grey":
-            raise ValueError(f"data.warp_probability: {run.data.name} is binary, and a warped binary image is not: set it to 0")
         self.static: LatentModel = build(run.architecture, seed=run.seed)
         before = 0
         if run.parent is not None:
@@ -51,7 +48,7 @@ class Trainer(RunLoop):
     def update(self, index: Tensor) -> dict[str, Tensor]:
         """Draws x, mask and noise, adds up the gradients, steps both optimisers. `index`: rows of the training set."""
         run = self.run
-        x = observe(self._warped(self.train_x[index]), self.images.kind, self.generators["binarise"])
+        x = observe(self.train_x[index], self.images.kind, self.generators["binarise"])
         mask = self._masks(len(x)) if run.data.mask_probability else torch.ones_like(x)
         trace = self.gradients(x, mask, self._noise(len(x)), run.kl_weight(self.batches.epoch))
         self.step_optimisers(len(x))
@@ -67,10 +64,6 @@ class Trainer(RunLoop):
     def _masks(self, rows: int) -> Tensor:
         height, width = self.images.shape
         return random_masks(rows, (height, width), self.generators["mask"], keep=1 - self.run.data.mask_probability)
-
-    def _warped(self, images: Tensor) -> Tensor:
-        share = self.run.data.warp_probability
-        return random_warps(images, self.images.shape, self.generators["mask"], share=share) if share else images
 
     def _autocast(self) -> torch.autocast:
         # no weight cache: a cast cached under no_grad would be reused, without its gradient, by the passes that need one

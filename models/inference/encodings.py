@@ -48,15 +48,6 @@ def _grad_layer_norm(state: State, evidence: Evidence) -> list[Tensor]:
     return _layer_normed(evidence.grad)
 
 
-def whitened(q: Posterior, grad: Posterior) -> list[Tensor]:
-    """∇λ L in units of q itself, (σ ∇μ, ∇log σ) per level: free of the latent's scale (μ + σ · σ∇μ is the natural gradient's step)."""
-    return [part for level, g in zip(q, grad, strict=True) for part in (torch.exp(level.log_sigma) * g.mu, g.log_sigma)]
-
-
-def _grad_whitened(state: State, evidence: Evidence) -> list[Tensor]:
-    return [log_sign(torch.cat(whitened(state.q, evidence.grad), -1))]
-
-
 def _error_x(state: State, evidence: Evidence) -> list[Tensor]:
     assert evidence.error_x is not None
     return [evidence.error_x]
@@ -89,7 +80,6 @@ ENCODINGS: dict[str, Encoding] = {
     "grad_raw": _grad_raw,
     "grad_log_sign": _grad_log_sign,
     "grad_layer_norm": _grad_layer_norm,
-    "grad_whitened": _grad_whitened,
     "error_x": _error_x,
     "error_z": _error_z,
     "q": _q,

@@ -14,7 +14,7 @@ from models.architecture import IterativeArchitecture
 from models.gaussian import DiagonalGaussian, Posterior, bound_log_sigma
 from models.inference.base import Context, Inference, State
 from models.inference.direct import centred
-from models.inference.encodings import encode, encoded_size, whitened
+from models.inference.encodings import encode, encoded_size
 from models.layers import MLP, elu
 from models.objective import Evidence
 
@@ -34,8 +34,7 @@ class IterativeInference(Inference):
         self.body = MLP(first, rest, architecture.highway)
         width = self.body.output_size
         self.cell = nn.GRUCell(width, width) if architecture.recurrent else None
-        self.natural = architecture.natural
-        self.heads = nn.Linear(width, (6 if self.natural else 4) * sum(latent_sizes))
+        self.heads = nn.Linear(width, 4 * sum(latent_sizes))
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
 
@@ -63,19 +62,7 @@ class IterativeInference(Inference):
             memory["previous_grad"] = encode(("grad_log_sign",), state, evidence)
         if self.cell is not None:
             h = memory["hidden"] = self.cell(h, memory["hidden"])
-        heads = self.heads(h).to(state.q[0].mu.dtype)
-        gated, shares = heads.split([4 * sum(self.latent_sizes), heads.shape[-1] - 4 * sum(self.latent_sizes)], -1)
-        q = self._gated(state.q, gated)
-        return State(self._stepped(q, state.q, evidence, shares) if self.natural else q, memory)
-
-    def _stepped(self, q: Posterior, before: Posterior, evidence: Evidence, shares: Tensor) -> Posterior:
-        """`q` moved by a share of the natural gradient at `before`, no farther than σ (μ) or 1 (log σ) per unit of share."""
-        u = torch.cat(whitened(before, evidence.grad), -1)
-        moves = shares * u / (1 + u.abs())
-        new, parts = [], moves.split([size for latent in self.latent_sizes for size in (latent, latent)], -1)
-        for level, old, d_mu, d_log_sigma in zip(q, before, parts[::2], parts[1::2], strict=True):
-            new.append(DiagonalGaussian(level.mu + torch.exp(old.log_sigma) * d_mu, bound_log_sigma(level.log_sigma + d_log_sigma)))
-        return tuple(new)
+        return State(self._gated(state.q, self.heads(h).to(state.q[0].mu.dtype)), memory)
 
     def _gated(self, q: Posterior, heads: Tensor) -> Posterior:
         sizes = [size for latent in self.latent_sizes for size in (latent,) * 4]

@@ -79,34 +79,13 @@ def mnist_iterative_polished() -> RunConfig:
 
 
 def mnist_iterative_late() -> RunConfig:
-    """Third phase: late steps weigh more."""
+    """Third phase, and the checkpoint served as `mnist-iterative`: late steps weigh more."""
     run = _polished(mnist_iterative_polished(), "mnist-iterative-late", epochs=8)
     return replace(run, refinement=replace(run.refinement, late=True))
 
 
-def _warped(run: RunConfig, name: str) -> RunConfig:
-    """φ alone once more, on warped images: to the decoder they are as new as those that will be served."""
-    run = _polished(run, name, epochs=24)
-    return replace(
-        run,
-        data=replace(run.data, warp_probability=0.7),
-        optimiser=replace(run.optimiser, learning_rate=6e-4),
-    )
-
-
-def mnist_iterative_warped() -> RunConfig:
-    """Last phase, and the checkpoint served as `mnist-iterative`."""
-    run = _warped(mnist_iterative_late(), "mnist-iterative-warped")
-    return replace(run, refinement=replace(run.refinement, steps=8))
-
-
-def mnist_direct_warped() -> RunConfig:
-    """The checkpoint served as `mnist-direct`."""
-    return _warped(mnist_direct_polished(), "mnist-direct-warped")
-
-
 def mnist_direct_polished() -> RunConfig:
-    """Second phase: as many epochs with the decoder fixed as its rival had."""
+    """The checkpoint served as `mnist-direct`: as many epochs with the decoder fixed as its rival had."""
     return _polished(mnist_direct_short(), "mnist-direct-polished", epochs=20)
 
 
