@@ -8,8 +8,8 @@ from pathlib import Path
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `report` to the command line of `elbow-train`."""
-    parser = subparsers.add_parser("report", help="draw the figures of an iterative model: PNG, one HTML page, report.json")
-    parser.add_argument("checkpoint", type=Path, help="folder of an iterative checkpoint, or of its run")
+    parser = subparsers.add_parser("report", help="draw the figures of an iterative or a sequence model: PNG, one HTML page, report.json")
+    parser.add_argument("checkpoint", type=Path, help="folder of an iterative or sequence checkpoint, or of its run")
     parser.add_argument("--landscape", type=Path, metavar="CHECKPOINT", help="an iterative model with z = 2 (run mnist-landscape)")
     parser.add_argument("--direct", type=Path, metavar="CHECKPOINT", help="a direct model of the same data, to compare with")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to write (default: report/ in CHECKPOINT)")
@@ -25,7 +25,10 @@ def run(args: argparse.Namespace) -> int:
     """The exit status. Raises what `training.__main__` reports in one line: CheckpointError, DataError, ReportError."""
     import torch
 
+    from models.catalogue import FilterModel
+    from training.checkpoint import load_weights
     from training.report.make import Effort, Report
+    from training.report.make_filter import write_filter_report
     from training.report.race import RaceEffort
     from training.report.subject import ReportError
 
@@ -35,5 +38,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     effort = Effort(RaceEffort(rows=args.rows, with_optimum=args.optimum), landscape_row=args.digit)
     folder = args.to or args.checkpoint / "report"
+    if isinstance(load_weights(args.checkpoint)[0], FilterModel):
+        print(write_filter_report(args.checkpoint, folder, args.data))
+        return 0
     print(Report(args.checkpoint, folder, z2=args.landscape, direct=args.direct, effort=effort, data_root=args.data).write())
     return 0
