@@ -91,9 +91,9 @@ def check(path: Path) -> int:
 
 
 def bench(path: Path, threads: int) -> int:
-    """Prints the time of one step (of `init`, for a direct model) by batch size on every engine installed."""
+    """Prints the time of one step (a filter's frame, a direct model's `init`) by batch size on every engine installed."""
     artifact = Artifact.open(path, _signer())
-    program = "step" if artifact.card.iterative else "init"
+    program = "frame_K" if artifact.card.family == "filter" else "step" if artifact.card.iterative else "init"
     print(f"{artifact.card.name} {artifact.card.version}: µs per {program}, {threads} thread{'s' if threads > 1 else ''}")
     print(f"{'engine':12}" + "".join(f"{f'batch {batch}':>12}" for batch in BATCHES))
     for engine in _engines(artifact, threads):

@@ -49,9 +49,56 @@ def _model_paths(model: ServedModel, prefix: str, limits: Limits) -> Json:
         prefix: {"get": _get("model", f"The card of {model.name}.", tag=model.name)},
         f"{prefix}/curve": {"get": _get("curve", "ELBO against steps and milliseconds on this server.", tag=model.name)},
     }
+    if model.card.family == "filter":
+        paths[f"{prefix}/filter"] = {"post": _filter(model, limits)}
+        return paths
     for endpoint in ENDPOINTS:
         paths[f"{prefix}/{endpoint.name}"] = {"post": _post(endpoint, model, limits)}
     return paths
+
+
+def _filter(model: ServedModel, limits: Limits) -> Json:
+    """The stateless call; what the WebSocket at the same path speaks is in docs/streaming.md."""
+    card = model.card
+    schema = schemas.FilterBody.model_json_schema(by_alias=True)
+    fields: Json = schema["properties"]
+    rows = {"minItems": 1, "maxItems": limits.max_rows}
+    fields["frames"] |= {"type": "array", "items": _row(card.x), **rows}
+    fields["mask"] |= {"type": ["array", "null"], "items": _row(card.x, mask=True), **rows}
+    fields["steps"]["anyOf"][0]["maximum"] = card.max_steps if card.iterative else MAX_DIRECT_STEPS
+    number: Json = {"type": ["number", "null"]}
+    result = {
+        "type": "object",
+        "required": ["frame", "elbo", "surprise", "surprise_quantile", "steps_used"],
+        "properties": {
+            **{name: {"type": "integer"} for name in ("frame", "steps_used")},
+            **{name: number for name in ("elbo", "surprise", "surprise_quantile", "log_likelihood", "kl")},
+            "stop_reason": {"enum": ["degraded", "nonfinite"]},
+            **{name: {"type": "object"} for name in ("posterior", "reconstruction", "prediction")},
+        },
+    }
+    text: Json = {"type": "string"}
+    reply = {
+        "type": "object",
+        "required": ["model", "version", "seed", "results", "frame", "state", "timing"],
+        "properties": {
+            **{name: text for name in ("model", "version", "state")},
+            **{name: {"type": "integer"} for name in ("seed", "frame")},
+            "results": {"type": "array", "items": result},
+            "timing": {"type": "object"},
+        },
+    }
+    low = 0.0 if card.x.minimum is None else max(card.x.minimum, 0.0)
+    example = {"frames": [[low] * card.x.size], "steps": card.trained_steps, "seed": 0}
+    return {
+        "summary": inspect.getdoc(schemas.FilterBody),
+        "tags": [model.name],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema, "example": example}}},
+        "responses": {
+            "200": {"description": "one result per frame, and the next state", "content": {"application/json": {"schema": reply}}},
+            **_problems(STATUS.values()),
+        },
+    }
 
 
 def _post(endpoint: Endpoint, model: ServedModel, limits: Limits) -> Json:

@@ -34,6 +34,7 @@ async def show_curve(request: Request) -> Response:
     """ELBO after 0 … K_max steps as validated at export, and milliseconds per batch bucket as measured here."""
     model = model_of(request, "curve")
     curve, ms = model.card.curve, partial(server_of(request).scheduler.predicted_ms, model.key)
+    before, after = ("predict", "advance") if model.card.family == "filter" else ("init", "score")
     return json_response(
         {
             "model": model.name,
@@ -42,7 +43,7 @@ async def show_curve(request: Request) -> Response:
             "elbo": curve.elbo,
             "elbo_std": curve.elbo_std,
             "ms": {
-                str(rows): [round(ms(rows, "init") + steps * ms(rows, "step") + ms(rows, "score"), 4) for steps in curve.steps]
+                str(rows): [round(ms(rows, before) + steps * ms(rows, "step") + ms(rows, after), 4) for steps in curve.steps]
                 for rows in BATCH_BUCKETS
             },
         }

@@ -156,12 +156,6 @@ class StreamLane:
                 self.cost.seed(program, size, min(seconds))
             size *= 2
 
-    def frame_s(self, rows: int, steps: int) -> float:
-        """Predicted seconds of one frame of so many streams."""
-        if steps == self.engine.card.trained_steps and FRAME in self.engine.card.programs:
-            return self.cost.seconds(FRAME, rows)
-        return sum(self.cost.seconds(name, rows) for name in ("predict", "init", "advance")) + steps * self.cost.seconds("step", rows)
-
     def _collect(self) -> None:
         while self._leaving:
             self._leave(self._leaving.popleft())

@@ -300,3 +300,17 @@ def test_static_calls_and_filters_send_each_other_away(server: ServerProcess) ->
     reply = httpx.post(server.url + "/v1/models/tiny-speech/encode", json={"inputs": [[0.0] * FRAME]})
     assert reply.status_code == 422
     assert "POST /v1/models/tiny-speech/filter" in reply.json()["detail"]
+
+
+def test_the_document_and_the_curve_describe_the_filter(server: ServerProcess) -> None:
+    paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+    assert "/v1/models/tiny-speech/encode" not in paths
+    body = paths["/v1/models/tiny-speech/filter"]["post"]["requestBody"]["content"]["application/json"]
+    assert body["schema"]["properties"]["frames"]["items"]["maxItems"] == FRAME
+    assert httpx.post(server.url + PATH, json=body["example"]).status_code == 200
+    curve = httpx.get(server.url + "/v1/models/tiny-speech/curve").json()
+    for row in curve["ms"].values():
+        assert row == sorted(row)
+        assert row[0] > 0
+    metrics = httpx.get(server.url + "/metrics").text
+    assert 'elbow_stream_frames_total{model="tiny-speech",version="1"}' in metrics
