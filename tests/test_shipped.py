@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from models.artifact import WEIGHTS, Artifact, list_versions
 from service.engine.onnx import OnnxEngine
 from service.scheduler.job import Ask, Budget, Job, StopReason
 from service.scheduler.scheduler import Scheduler
+from service.stream_client import read_sound
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = {name: path for name, _, path in list_versions(ROOT / "checkpoints")}
@@ -96,3 +98,43 @@ def test_the_direct_model_answers_any_number_of_steps_with_none_and_is_worse(ite
     assert set(result.stop_reason) == {StopReason.CONVERGED}
     assert result.steps_used.max() == 0
     assert serve(iterative, digits[:500], 5, 16).elbo.mean() > result.elbo.mean() + 0.9
+
+
+FILTERS = ("speech-filter", "jsb-filter")
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_shipped_filter_is_small_and_runs_on_every_engine(name: str) -> None:
+    """The chorale model's LSTM once loaded in one engine only: TorchScript merged products that it must not."""
+    path = SHIPPED[name]
+    assert sum(file.stat().st_size for file in path.iterdir()) <= 8 << 20
+    artifact = Artifact.open(path)
+    engines = [OnnxEngine(artifact)]
+    if importlib.util.find_spec("torch"):
+        from service.engine.torchscript import TorchScriptEngine
+
+        engines.append(TorchScriptEngine(artifact))  # type: ignore[arg-type]
+    for engine in engines:
+        assert max(engine.parity.values()) < 1e-4
+
+
+def test_the_example_of_speech_is_what_the_readme_says() -> None:
+    """26 frames of 25 ms; silence at the end surprises least."""
+    from service.streams.lane import StreamLane
+    from service.streams.stream import Portion, Stream, StreamSpec
+
+    rate, samples = read_sound(ROOT / "examples" / "speech.wav")
+    frames = (samples[: len(samples) // 200 * 200] / 32768).astype(np.float32).reshape(-1, 200)
+    engine = OnnxEngine(Artifact.open(SHIPPED["speech-filter"]))
+    lane, done = StreamLane("speech", engine, lambda: 0.0, 2, lambda: None), []
+    stream = Stream(StreamSpec(steps=1, seed=0), done.append, None)
+    lane.open(stream)
+    lane.feed(Portion(stream, frames, None, 0.0))
+    while lane.has_work():
+        lane.tick(0.002)
+        for portion in lane.answered():
+            portion.settle()
+    assert rate == engine.card.x.sample_rate
+    assert len(done[0].elbo) == 25
+    assert np.isfinite(done[0].elbo).all()
+    assert max(done[0].elbo[-3:]) > np.median(done[0].elbo)

@@ -47,8 +47,10 @@ class LSTMCell(Cell):
             self.input.bias[hidden : 2 * hidden] += 1.0
 
     def advance(self, projected: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        gates = projected + self.recurrent(state["h"])
-        opened, g = torch.sigmoid(gates[..., : 3 * self.hidden]), torch.tanh(gates[..., 3 * self.hidden :])
+        # added after the split: TorchScript merges a sum of two products into one of concatenated factors, and fails when they
+        # differ in width
+        a, w = (gates.split([3 * self.hidden, self.hidden], -1) for gates in (projected, self.recurrent(state["h"])))
+        opened, g = torch.sigmoid(a[0] + w[0]), torch.tanh(a[1] + w[1])
         i, f, o = opened.split(self.hidden, -1)
         c = f * state["c"] + i * g
         return {"h": o * torch.tanh(c), "c": c}
