@@ -33,7 +33,7 @@ METHODS = {"jsb": ("own", "avf1", "avf5"), "nottingham": ("own", "avf1", "avf5")
 SEEDS = {"jsb": (0, 1, 2), "nottingham": (0,), "speech": (0,)}
 SECONDS = {"jsb": 160.0, "nottingham": 160.0, "speech": 90.0}
 PUBLISHED = {"jsb-own": 6.92, "jsb-avf5": 6.77, "nottingham-own": 3.19, "nottingham-avf1": 3.13}
-EFFORT = FilterEffort(particle_sequences=16, gap_sequences=8, gap_frames=6)
+EFFORT = FilterEffort(seeds=2, particle_sequences=8, gap_sequences=8, gap_frames=4)
 
 
 def train(name: str, seed: int, folder: Path, seconds: float, data: str | None) -> None:

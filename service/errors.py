@@ -7,6 +7,8 @@
     ├── UnknownModel        404  no such model or version here
     ├── BodyTooLarge        413  more bytes than the server takes
     ├── UnsupportedMedia    415  a content type or encoding it does not read
+    ├── WrongMessageKind    415  on a WebSocket: a binary message where text belongs, or the other way round
+    ├── StreamIdle          408  on a WebSocket: nothing was heard for too long
     ├── RetryLater               try again after `retry_after_s` (the Retry-After header)
     │   ├── QuotaExceeded   429  this caller's own limit
     │   ├── Overloaded      503  the queue is full
@@ -78,6 +80,14 @@ class UnsupportedMedia(ElbowError):
     code = "unsupported_media"
 
 
+class WrongMessageKind(ElbowError):
+    code = "wrong_message_kind"
+
+
+class StreamIdle(ElbowError):
+    code = "idle"
+
+
 class RetryLater(ElbowError):
     """Base of the refusals that time cures."""
 
@@ -113,6 +123,8 @@ STATUS: dict[type[ElbowError], int] = {
     UnknownModel: 404,
     BodyTooLarge: 413,
     UnsupportedMedia: 415,
+    WrongMessageKind: 415,
+    StreamIdle: 408,
     QuotaExceeded: 429,
     Overloaded: 503,
     ShuttingDown: 503,

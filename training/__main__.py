@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--gap-rows", type=int, default=500)
     evaluate.add_argument("--split", default="valid", help="of a sequence model: valid, or test where the data set keeps it")
     evaluate.add_argument("--particles", type=int, default=16, help="of a sequence model: particles of the FIVO bound")
+    evaluate.add_argument("--steps", type=int, nargs="+", default=[], help="of a sequence model: other numbers of steps per frame, too")
     evaluate.add_argument("--threads", type=int)
     evaluate.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
     evaluate.set_defaults(action=_evaluate)
@@ -113,7 +114,7 @@ def _evaluate_filters(args: argparse.Namespace) -> int:
     from training.checkpoint import load_filter
     from training.evaluate_filter import FilterEffort, evaluate_filter, save, table
 
-    effort = FilterEffort(particles=args.particles)
+    effort = FilterEffort(steps=tuple(args.steps), particles=args.particles)
     evaluations = []
     for folder in args.checkpoint:
         model, run, facts = load_filter(folder)

@@ -18,7 +18,17 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from service import arrays
 from service.deps import Server
-from service.errors import BackendFailure, BodyTooLarge, ElbowError, InvalidInput, Overloaded, ShuttingDown, TokenRefused
+from service.errors import (
+    BackendFailure,
+    BodyTooLarge,
+    ElbowError,
+    InvalidInput,
+    Overloaded,
+    ShuttingDown,
+    StreamIdle,
+    TokenRefused,
+    WrongMessageKind,
+)
 from service.repository import ServedModel
 from service.streams.lane import StreamLane
 from service.streams.opening import Opened, from_query, open_with
@@ -29,6 +39,8 @@ from service.telemetry import LOG
 RESTART, UNSUPPORTED, BAD_PAYLOAD, POLICY, TOO_BIG, INTERNAL, TRY_LATER = 1012, 1003, 1007, 1008, 1009, 1011, 1013
 CLOSE_CODES: dict[type[ElbowError], int] = {
     TokenRefused: POLICY,
+    StreamIdle: POLICY,
+    WrongMessageKind: UNSUPPORTED,
     BodyTooLarge: TOO_BIG,
     BackendFailure: INTERNAL,
     Overloaded: TRY_LATER,
@@ -37,16 +49,6 @@ CLOSE_CODES: dict[type[ElbowError], int] = {
 MOST_WAITING = 400
 """Frames handed in and not answered, beyond which no more is read (5 s of audio at 80 frames a second)."""
 MOST_GAP = 100_000
-
-
-class _WrongKind(ElbowError):
-    """A binary message where text belongs, or the other way round."""
-
-    code = "wrong_message_kind"
-
-
-class _Idle(ElbowError):
-    code = "idle"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Connection:
                 task = asyncio.current_task()
                 if task is not None:
                     task.uncancel()
-                self._refuse(_Idle(f"nothing was heard for {self._server.limits.stream_idle_s:.0f} s: send keep_alive to stay"))
+                self._refuse(StreamIdle(f"nothing was heard for {self._server.limits.stream_idle_s:.0f} s: send keep_alive to stay"))
             except ElbowError as error:
                 self._refuse(error)
             except WebSocketDisconnect:
@@ -148,7 +150,7 @@ class Connection:
 
     def _parse(self, message: str | bytes) -> dict[str, Any]:
         if isinstance(message, bytes):
-            raise _WrongKind('the first message must be text, {"type": "open", …}, unless the settings come in the query')
+            raise WrongMessageKind('the first message must be text, {"type": "open", …}, unless the settings come in the query')
         try:
             parsed = orjson.loads(message)
         except orjson.JSONDecodeError as exc:
@@ -196,7 +198,7 @@ class Connection:
     def _audio(self, data: bytes) -> None:
         opened = self._must_be_open()
         if opened.audio is None:
-            raise _WrongKind('this stream was opened with encoding "json": send {"type": "frames", "frames": [[…]]} as text')
+            raise WrongMessageKind('this stream was opened with encoding "json": send {"type": "frames", "frames": [[…]]} as text')
         frames = opened.audio.push(data)
         if len(frames):
             self._hand_in(frames, None)
@@ -204,7 +206,7 @@ class Connection:
     def _on_frames(self, message: dict[str, Any]) -> bool:
         opened, x = self._must_be_open(), self._model.card.x
         if opened.audio is not None:
-            raise _WrongKind(f'this stream was opened with encoding "{opened.settings["encoding"]}": send audio as binary messages')
+            raise WrongMessageKind(f'this stream was opened with encoding "{opened.settings["encoding"]}": send audio as binary messages')
         frames = arrays.read_rows(message.get("frames"), "frames", x, MOST_WAITING)
         mask = message.get("mask")
         self._json_frames += len(frames)
@@ -342,11 +344,7 @@ class Connection:
         if error.fields:
             message["field"] = error.fields[0][0]
         self._send(message)
-        self._end(UNSUPPORTED if isinstance(error, _WrongKind) else POLICY if isinstance(error, _Idle) else self._code(error))
-
-    @staticmethod
-    def _code(error: ElbowError) -> int:
-        return CLOSE_CODES.get(type(error), BAD_PAYLOAD)
+        self._end(CLOSE_CODES.get(type(error), BAD_PAYLOAD))
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._closing is None:
@@ -384,7 +382,7 @@ class Connection:
         if left > 0:
             self._loop.call_later(left, self._check_idle, task)
         elif task is not None and not task.done() and self._closing is None:
-            self._refuse(_Idle(f"nothing was heard for {self._server.limits.stream_idle_s:.0f} s: send keep_alive to stay"))
+            self._refuse(StreamIdle(f"nothing was heard for {self._server.limits.stream_idle_s:.0f} s: send keep_alive to stay"))
             task.cancel()
 
 
