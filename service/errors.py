@@ -8,7 +8,7 @@
     ├── BodyTooLarge        413  more bytes than the server takes
     ├── UnsupportedMedia    415  a content type or encoding it does not read
     ├── WrongMessageKind    415  on a WebSocket: a binary message where text belongs, or the other way round
-    ├── StreamIdle          408  on a WebSocket: nothing was heard for too long
+    ├── ClientIdle          408  nothing was heard for too long
     ├── RetryLater               try again after `retry_after_s` (the Retry-After header)
     │   ├── QuotaExceeded   429  this caller's own limit
     │   ├── Overloaded      503  the queue is full
@@ -84,7 +84,7 @@ class WrongMessageKind(ElbowError):
     code = "wrong_message_kind"
 
 
-class StreamIdle(ElbowError):
+class ClientIdle(ElbowError):
     code = "idle"
 
 
@@ -124,7 +124,7 @@ STATUS: dict[type[ElbowError], int] = {
     BodyTooLarge: 413,
     UnsupportedMedia: 415,
     WrongMessageKind: 415,
-    StreamIdle: 408,
+    ClientIdle: 408,
     QuotaExceeded: 429,
     Overloaded: 503,
     ShuttingDown: 503,

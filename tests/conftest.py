@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is first imported: it writes into the home folder
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores: two threads each would wait for one another
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -21,11 +21,11 @@ from service.deps import Server
 from service.errors import (
     BackendFailure,
     BodyTooLarge,
+    ClientIdle,
     ElbowError,
     InvalidInput,
     Overloaded,
     ShuttingDown,
-    StreamIdle,
     TokenRefused,
     WrongMessageKind,
 )
@@ -39,7 +39,7 @@ from service.telemetry import LOG
 RESTART, UNSUPPORTED, BAD_PAYLOAD, POLICY, TOO_BIG, INTERNAL, TRY_LATER = 1012, 1003, 1007, 1008, 1009, 1011, 1013
 CLOSE_CODES: dict[type[ElbowError], int] = {
     TokenRefused: POLICY,
-    StreamIdle: POLICY,
+    ClientIdle: POLICY,
     WrongMessageKind: UNSUPPORTED,
     BodyTooLarge: TOO_BIG,
     BackendFailure: INTERNAL,
@@ -94,7 +94,7 @@ class Connection:
                 task = asyncio.current_task()
                 if task is not None:
                     task.uncancel()
-                self._refuse(StreamIdle(f"nothing was heard for {self._server.limits.stream_idle_s:.0f} s: send keep_alive to stay"))
+                self._refuse(ClientIdle(f"nothing was heard for {self._server.limits.stream_idle_s:.0f} s: send keep_alive to stay"))
             except ElbowError as error:
                 self._refuse(error)
             except WebSocketDisconnect:
@@ -382,7 +382,7 @@ class Connection:
         if left > 0:
             self._loop.call_later(left, self._check_idle, task)
         elif task is not None and not task.done() and self._closing is None:
-            self._refuse(StreamIdle(f"nothing was heard for {self._server.limits.stream_idle_s:.0f} s: send keep_alive to stay"))
+            self._refuse(ClientIdle(f"nothing was heard for {self._server.limits.stream_idle_s:.0f} s: send keep_alive to stay"))
             task.cancel()
 
 
