@@ -20,6 +20,9 @@ from service.repository import ServedModel
 from service.scheduler.job import Job, JobResult, StepEvent
 from service.telemetry import Metrics
 
+DRIFT_ROWS = 4
+"""Rows of one request whose ELBO is placed among the card's quantiles: enough to see a drift, and nothing at 10,000 rows."""
+
 
 async def submit(request: Request, server: Server, model: ServedModel, job: Job) -> JobResult:
     """The job's result.
@@ -41,7 +44,7 @@ async def submit(request: Request, server: Server, model: ServedModel, job: Job)
         raise ClientDisconnect from None
     finally:
         watcher.cancel()
-    _observe(server.metrics, model, result)
+    _observe(server, model, job, result)
     return result
 
 
@@ -89,7 +92,7 @@ async def events(request: Request, server: Server, model: ServedModel, job: Job,
 async def _run(server: Server, model: ServedModel, job: Job) -> JobResult:
     with _in_flight(server.metrics, model, job.rows):
         result = await server.scheduler.submit(job)
-    _observe(server.metrics, model, result)
+    _observe(server, model, job, result)
     return result
 
 
@@ -117,14 +120,24 @@ def _in_flight(metrics: Metrics, model: ServedModel, rows: int) -> Iterator[None
         gauge.dec(rows)
 
 
-def _observe(metrics: Metrics, model: ServedModel, result: JobResult) -> None:
-    """One observation per request: steps and ELBO as means over its rows."""
-    seen, timing = metrics.of_model(model.name, model.version), result.timing
-    rows = len(result.stop_reason)
-    steps, elbo = sum(result.steps_used.tolist()) / rows, sum(result.elbo.tolist()) / rows
+def _observe(server: Server, model: ServedModel, job: Job, result: JobResult) -> None:
+    """One observation per request: steps and ELBO as means over its rows. Quantiles are of single rows: of the first few."""
+    seen, timing = server.metrics.of_model(model.name, model.version), result.timing
+    rows, used, elbos = len(result.stop_reason), result.steps_used.tolist(), result.elbo.tolist()
+    steps, elbo = sum(used) / rows, sum(elbos) / rows
     seen.queue_wait.observe(timing.queue_ms / 1e3)
     seen.step_duration.observe(timing.compute_ms / 1e3 / (steps + 1))
     seen.batch_rows.observe(timing.batch_rows)
     seen.steps_used.observe(steps)
+    if job.budget.deadline is not None and server.clock() > job.budget.deadline:
+        seen.deadline_missed.inc()
     if math.isfinite(elbo):
         seen.negative_elbo.observe(-elbo)
+        for row in range(min(rows, DRIFT_ROWS)):
+            quantile = None if job.first_step is not None else model.reference.quantile(used[row], elbos[row])
+            if quantile is not None:
+                seen.elbo_quantile.observe(quantile)
+    if result.trace is not None:
+        gain = sum(trace[-1] - trace[0] for trace in result.trace) / rows
+        if math.isfinite(gain):
+            seen.elbo_gain.observe(gain)

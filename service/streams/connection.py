@@ -309,11 +309,14 @@ class Connection:
         self._lag_max, self._lag_sum = max(self._lag_max, lag_ms), self._lag_sum + lag_ms * len(portion.x)
         self._server.metrics.stream_lag.observe(lag_ms / 1e3)
         assert self._stream is not None
+        results = self._shaper.results(portion, self._stream.spec)
+        if (surprise := results[0]["surprise_quantile"]) is not None:
+            self._server.metrics.of_model(self._model.name, self._model.version).elbo_quantile.observe(1 - surprise)
         self._send(
             {
                 "type": "results",
                 "first_frame": portion.first_frame,
-                "results": self._shaper.results(portion, self._stream.spec),
+                "results": results,
                 "samples": about.samples,
                 "lag_ms": round(lag_ms, 3),
             }
