@@ -12,9 +12,10 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from service.deps import Server
+from service.deps import Server, caller_of
 from service.errors import ElbowError, problem
-from service.jobs import with_events
+from service.jobs import with_events, work_of
+from service.keys import Caller
 from service.replies import dump
 from service.repository import ServedModel
 from service.scheduler.job import Job, JobResult, StepEvent
@@ -35,8 +36,7 @@ async def submit(request: Request, server: Server, model: ServedModel, job: Job)
     assert waiting is not None
     watcher = asyncio.create_task(_cancel_when_gone(request.receive, waiting))
     try:
-        with _in_flight(server.metrics, model, job.rows):
-            result = await server.scheduler.submit(job)
+        result = await _run(server, model, job, caller_of(request))
     except asyncio.CancelledError:
         if not watcher.done():
             raise
@@ -44,7 +44,6 @@ async def submit(request: Request, server: Server, model: ServedModel, job: Job)
         raise ClientDisconnect from None
     finally:
         watcher.cancel()
-    _observe(server, model, job, result)
     return result
 
 
@@ -64,7 +63,7 @@ async def events(request: Request, server: Server, model: ServedModel, job: Job,
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[StepEvent | None] = asyncio.Queue()
     job = with_events(job, lambda event: _from_engine_thread(loop, told, event))
-    running = asyncio.create_task(_run(server, model, job))
+    running = asyncio.create_task(_run(server, model, job, caller_of(request)))
     running.add_done_callback(lambda _: told.put_nowait(None))
     try:
         first = await told.get()
@@ -89,9 +88,18 @@ async def events(request: Request, server: Server, model: ServedModel, job: Job,
     return frames()
 
 
-async def _run(server: Server, model: ServedModel, job: Job) -> JobResult:
-    with _in_flight(server.metrics, model, job.rows):
-        result = await server.scheduler.submit(job)
+async def _run(server: Server, model: ServedModel, job: Job, caller: Caller) -> JobResult:
+    """The job's result, on the caller's account: what was not done is not paid for."""
+    work = work_of(job)
+    server.charge(caller, work)
+    try:
+        with _in_flight(server.metrics, model, job.rows):
+            result = await server.scheduler.submit(job)
+    except ElbowError:
+        server.refund(caller, work)
+        raise
+    if caller.quota is not None:
+        server.refund(caller, max(0, job.rows * job.budget.steps - sum(result.steps_used.tolist())))
     _observe(server, model, job, result)
     return result
 

@@ -201,6 +201,8 @@ class Metrics:
         )
         self.models_loaded = Gauge("elbow_models_loaded", "Model versions being served.", registry=self.registry)
 
+        self._keys: dict[str, Counter] = {}
+        self._key_work: dict[str, Counter] = {}
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._answers: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
 
@@ -217,6 +219,20 @@ class Metrics:
         if found is None:
             names = ModelMetrics.__dataclass_fields__
             found = self._models[name, version] = ModelMetrics(*(getattr(self, metric).labels(name, version) for metric in names))
+        return found
+
+    def of_key(self, name: str) -> Counter:
+        """Counts the requests of a key."""
+        found = self._keys.get(name)
+        if found is None:
+            found = self._keys[name] = self.key_requests.labels(name)
+        return found
+
+    def of_key_work(self, name: str) -> Counter:
+        """Counts the row-steps charged to a key, those included that are given back later: it asked for them."""
+        found = self._key_work.get(name)
+        if found is None:
+            found = self._key_work[name] = self.key_work.labels(name)
         return found
 
     def answered(self, call: Call, status: int, seconds: float) -> None:

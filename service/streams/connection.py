@@ -17,7 +17,7 @@ import orjson
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from service import arrays
-from service.deps import Server
+from service.deps import Server, caller_of
 from service.errors import (
     BackendFailure,
     BodyTooLarge,
@@ -25,6 +25,7 @@ from service.errors import (
     ElbowError,
     InvalidInput,
     Overloaded,
+    QuotaExceeded,
     ShuttingDown,
     TokenRefused,
     WrongMessageKind,
@@ -44,6 +45,7 @@ CLOSE_CODES: dict[type[ElbowError], int] = {
     BodyTooLarge: TOO_BIG,
     BackendFailure: INTERNAL,
     Overloaded: TRY_LATER,
+    QuotaExceeded: TRY_LATER,
     ShuttingDown: RESTART,
 }
 MOST_WAITING = 400
@@ -252,6 +254,7 @@ class Connection:
     def _hand_in(self, x: Any, mask: Any) -> None:
         opened = self._must_be_open()
         assert self._stream is not None
+        self._server.charge(caller_of(self._socket), len(x) * (1 + self._stream.spec.steps))
         every, before = opened.settings["token_every"], self._accepted
         due = bool(every) and (before + len(x)) // every > before // every
         self._feed(_About("results", *self._place(with_audio=due)), x, mask, wants_state=due)
