@@ -101,6 +101,7 @@ def assemble(metrics: Metrics, lifespan: Any, *, body_s: float = 10.0, origins: 
         metrics.refusals.labels(error.code).inc()
         return await handle_elbow_error(request, error)
 
+    app.state.metrics = metrics
     app.add_exception_handler(ElbowError, refuse)
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(ClientDisconnect, _nobody_is_listening)

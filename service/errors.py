@@ -8,6 +8,7 @@
     ├── Forbidden           403  a key that does not open this
     ├── UnknownModel        404  no such model or version here
     ├── BodyTooLarge        413  more bytes than the server takes
+    ├── HeadTooLarge        431  request line and headers of more bytes than the server takes
     ├── UnsupportedMedia    415  a content type or encoding it does not read
     ├── WrongMessageKind    415  on a WebSocket: a binary message where text belongs, or the other way round
     ├── ClientIdle          408  nothing was heard for too long
@@ -86,6 +87,10 @@ class BodyTooLarge(ElbowError):
     code = "body_too_large"
 
 
+class HeadTooLarge(ElbowError):
+    code = "head_too_large"
+
+
 class UnsupportedMedia(ElbowError):
     code = "unsupported_media"
 
@@ -134,6 +139,7 @@ STATUS: dict[type[ElbowError], int] = {
     Forbidden: 403,
     UnknownModel: 404,
     BodyTooLarge: 413,
+    HeadTooLarge: 431,
     UnsupportedMedia: 415,
     WrongMessageKind: 415,
     ClientIdle: 408,
@@ -175,6 +181,8 @@ def error_response(error: ElbowError, path: str, request_id: str) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     elif isinstance(error, ClientIdle | BodyTooLarge):
         headers["Connection"] = "close"  # the rest of the body is not waited for
+    if isinstance(error, ShuttingDown):
+        headers["Connection"] = "close"  # the next request goes elsewhere
     return problem_response(problem(error, instance=path, request_id=request_id), headers)
 
 

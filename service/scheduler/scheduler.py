@@ -196,7 +196,7 @@ class Scheduler:
 
     def stats(self) -> dict[str, Counts]:
         """Counts per loaded model, as of now."""
-        return {key: replace(lane.counts) for key, lane in self._lanes.items()}
+        return {key: replace(lane.counts) for key, lane in list(self._lanes.items())}
 
     def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
         """Milliseconds that one run of `program` takes on so many rows (and samples, for programs that take samples).
@@ -224,7 +224,7 @@ class Scheduler:
 
     def stream_stats(self) -> dict[str, tuple[int, StreamCounts]]:
         """Live streams and counts of every loaded filter."""
-        return {key: (lane.live, lane.counts) for key, lane in self._stream_lanes.items()}
+        return {key: (lane.live, lane.counts) for key, lane in list(self._stream_lanes.items())}
 
     # Inside.
 
@@ -281,7 +281,7 @@ class Scheduler:
         if not any(lane.retiring for lane in self._running):
             return
         with self._door:  # no job can enter a lane between the look and the close
-            over = [lane for lane in self._running if lane.retiring and not lane.has_work()]
+            over = [lane for lane in self._running if lane.retiring and not lane.in_use()]
             self._running = [lane for lane in self._running if lane not in over]
         for lane in over:
             lane.engine.close()

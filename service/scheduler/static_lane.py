@@ -155,6 +155,9 @@ class StaticLane:
     def has_work(self) -> bool:
         return bool(self.inbox or self._line or self._stages or self._answered or self.someone_left or self._rows.in_flight)
 
+    def in_use(self) -> bool:
+        return self.has_work()
+
     def urgency(self) -> float:
         self._receive()
         active = self._rows.active
