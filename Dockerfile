@@ -21,7 +21,8 @@ FROM packages AS service
 COPY README.md LICENSE ./
 COPY models models
 COPY service service
-RUN python3 -m pip --python /opt/venv/bin/python install --no-deps . && python3 -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
+RUN python3 -m pip --python /opt/venv/bin/python install --no-deps . && \
+    python3 -m compileall -q -x /testing/_internal/ --invalidation-mode unchecked-hash /opt/venv/lib
 
 FROM ${PYTHON_IMAGE} AS base
 ENV PATH=/opt/venv/bin:$PATH \
@@ -51,7 +52,8 @@ RUN --mount=type=cache,target=/root/.cache/pip python3 -m pip --python /opt/venv
 COPY README.md LICENSE ./
 COPY models models
 COPY service service
-RUN python3 -m pip --python /opt/venv/bin/python install --no-deps . && python3 -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
+RUN python3 -m pip --python /opt/venv/bin/python install --no-deps . && \
+    python3 -m compileall -q -x /testing/_internal/ --invalidation-mode unchecked-hash /opt/venv/lib
 
 FROM base AS gpu
 ENV ELBOW_ENGINE=torchscript \
