@@ -1,4 +1,4 @@
-"""elbow-serve run | check ARTIFACT | bench ARTIFACT."""
+"""elbow-serve run | check ARTIFACT | bench ARTIFACT | key NAME."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "run":
             return run()
+        if options.command == "key":
+            return key(options.name, options.quota)
         return check(options.artifact) if options.command == "check" else bench(options.artifact, options.threads)
     except (ArtifactError, ValueError) as exc:  # pydantic's ValidationError is a ValueError
         print(f"elbow-serve: {exc}", file=sys.stderr)
@@ -103,6 +105,22 @@ def bench(path: Path, threads: int) -> int:
     return 0
 
 
+def key(name: str, quota: str | None) -> int:
+    """Prints a new API key, and the line by which a server knows it; the key is kept nowhere."""
+    from service.keys import ADMIN, KeyRing, digest_of, new_key
+
+    made = new_key()
+    digest = digest_of(made)
+    print(f"key:  {made}")
+    if name == ADMIN:
+        print(f"set:  ELBOW_ADMIN_KEY_SHA256={digest}")
+        return 0
+    line = f"{name} {digest}" + (f" {quota}" if quota else "")
+    KeyRing([line])  # refuses a name or quota that the server would refuse
+    print(f"line: {line}")
+    return 0
+
+
 def _engines(artifact: Artifact, threads: int) -> list[Engine]:
     from service.app import available_engines, build_engine
 
@@ -142,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="elbow-serve", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="serve the repository (ELBOW_ variables configure it)")
+    command = commands.add_parser("key", help="make an API key: prints it once, and the line of its sha256 for ELBOW_KEYS_FILE")
+    command.add_argument("name", help="whose key it is; `admin` for the key of the admin routes")
+    command.add_argument("--quota", help="ROW_STEPS_PER_SECOND[/BURST]")
     for name, text in (("check", "verify an artifact and its parity on every engine"), ("bench", "time one step on every engine")):
         command = commands.add_parser(name, help=text)
         command.add_argument("artifact", type=Path, help="<repository>/<name>/<version>")

@@ -30,6 +30,10 @@ MAX_EVENTS = 2**14
 """Rows × steps of one event stream: what waits in memory for a slow reader."""
 
 
+SAMPLES_PER_STEP = 8
+"""So many samples, measured or drawn for a row, are charged like one refinement step of it."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one request may ask of this server (settings.py has the defaults)."""
@@ -121,6 +125,12 @@ def generate_job(body: GenerateBody, model: ServedModel, limits: Limits) -> Job:
         return Job(model=model.key, seeds=seeds, budget=budget, ask=ask, prior=True)
     z = _between(body.between, count, model, limits)
     return Job(model=model.key, seeds=seeds, budget=budget, ask=ask, z=z)
+
+
+def work_of(job: Job) -> int:
+    """What a job costs its caller's quota, in row-steps: one for the start, one for each step it may take, and its samples."""
+    samples = job.ask.samples + job.ask.importance_samples + job.ask.x + job.ask.z
+    return job.rows * (1 + job.budget.steps + samples // SAMPLES_PER_STEP)
 
 
 def with_events(job: Job, on_step: Callable[[StepEvent], None]) -> Job:

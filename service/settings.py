@@ -32,6 +32,13 @@ class Settings(BaseSettings):
     max_importance_samples: int = Field(default=5_000, ge=1, description="most samples of the importance-weighted log p(x)")
     max_deadline_ms: float = Field(default=600_000.0, gt=0, description="longest deadline a client may name")
     queue_rows: int = Field(default=20_000, ge=1, description="rows that may wait, per model; beyond it: 503")
+    keys_file: Path | None = Field(
+        default=None, description="API keys, one a line: NAME SHA256 [ROW_STEPS_PER_SECOND[/BURST]] (elbow-serve key prints one)"
+    )
+    keys: SecretStr | None = Field(default=None, description="the same lines as a variable, separated by newlines or semicolons")
+    admin_key_sha256: SecretStr | None = Field(default=None, description="sha256 of the key of the admin routes; unset: there are none")
+    browser_token_ttl_s: float = Field(default=60.0, gt=0, description="how long a token of POST /v1/token opens WebSockets")
+    cors_origins: str = Field(default="", description="origins of web pages that may call, separated by commas; * = all; empty: none")
     token_secret: SecretStr | None = Field(
         default=None, description="signs state tokens; the same on all replicas. Unset: drawn at start, and tokens end with the process"
     )
@@ -40,8 +47,33 @@ class Settings(BaseSettings):
     max_streams: int = Field(default=1024, ge=1, description="streams that may be open at once, per filter")
     max_message_bytes: int = Field(default=2**20, ge=1024, description="largest WebSocket message")
     stream_idle_s: float = Field(default=60.0, gt=0, description="a stream that says nothing for so long is closed")
+    body_s: float = Field(default=10.0, gt=0, description="a body that has not arrived by then (and 16 KiB/s later) gets 408")
+    drain_delay_s: float = Field(default=0.0, ge=0, description="time between unready and refusing at shutdown, for balancers to notice")
     drain_s: float = Field(default=10.0, ge=0, description="time that running requests get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="debug logs every request")
+
+    @property
+    def allowed_origins(self) -> list[str]:
+        """`cors_origins` as a list."""
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+    def key_lines(self) -> list[str]:
+        """The lines of `keys_file`, then those of `keys`.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        lines: list[str] = []
+        if self.keys_file is not None:
+            try:
+                lines = self.keys_file.read_text().splitlines()
+            except OSError as exc:
+                raise ValueError(f"ELBOW_KEYS_FILE: {exc}") from exc
+            if not any(line.partition("#")[0].strip() for line in lines):
+                raise ValueError(f"ELBOW_KEYS_FILE: {self.keys_file} holds no key; unset it to serve everybody")
+        if self.keys is not None:
+            lines += self.keys.get_secret_value().replace(";", "\n").splitlines()
+        return lines
 
     @property
     def engine_threads(self) -> int:

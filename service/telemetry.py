@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -20,6 +20,8 @@ LOG = logging.getLogger("elbow")
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _STEP_SECONDS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 _COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+_QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
+_GAIN_NATS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
@@ -70,6 +72,9 @@ class ModelMetrics:
     batch_rows: Histogram
     steps_used: Histogram
     negative_elbo: Histogram
+    elbo_gain: Histogram
+    elbo_quantile: Histogram
+    deadline_missed: Counter
     rows_in_flight: Gauge
 
 
@@ -131,6 +136,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         call, model = ("endpoint", "model", "version"), ("model", "version")
         self.requests = Counter("elbow_requests_total", "Requests answered.", (*call, "code"), registry=self.registry)
         self.request_duration = Histogram(
@@ -158,13 +164,45 @@ class Metrics:
             buckets=(-1000, -100, 0, 25, 50, 75, 100, 125, 150, 200, 300, 500, 1000, 10000),
             registry=self.registry,
         )
+        self.elbo_gain = Histogram(
+            "elbow_elbo_gain_nats",
+            "What the steps of a row were worth: its ELBO at the end less that before the first step, where both were measured.",
+            model,
+            buckets=_GAIN_NATS,
+            registry=self.registry,
+        )
+        self.elbo_quantile = Histogram(
+            "elbow_elbo_quantile",
+            "Where a row's (or frame's) ELBO lies among the card's reference rows after as many steps. Uniform unless inputs drift.",
+            model,
+            buckets=_QUANTILES,
+            registry=self.registry,
+        )
+        self.deadline_missed = Counter(
+            "elbow_deadline_missed_total", "Requests that were admitted, yet answered after their deadline.", model, registry=self.registry
+        )
         self.rows_in_flight = Gauge("elbow_rows_in_flight", "Rows admitted and not yet answered.", model, registry=self.registry)
         self.stream_lag = Histogram(
             "elbow_stream_lag_seconds", "From a message of a stream to its last frame's result.", buckets=_SECONDS, registry=self.registry
         )
         self.tokens_issued = Counter("elbow_state_tokens_issued_total", "State tokens given to clients.", registry=self.registry)
+        self.browser_tokens_issued = Counter(
+            "elbow_browser_tokens_issued_total", "Short-lived tokens given for browsers' WebSockets.", registry=self.registry
+        )
+        self.key_requests = Counter("elbow_key_requests_total", "Requests by the name of the API key.", ("key",), registry=self.registry)
+        self.key_work = Counter(
+            "elbow_key_row_steps_total", "Row-steps charged to the API key of that name.", ("key",), registry=self.registry
+        )
+        self.ready = Gauge("elbow_ready", "1 while /readyz says so.", registry=self.registry)
+        self.connections = Gauge("elbow_connections", "Open HTTP connections.", registry=self.registry)
+        self.artifacts_refused = Gauge("elbow_artifacts_refused", "Artifacts that could not be loaded.", registry=self.registry)
+        self.model_loads = Counter(
+            "elbow_model_loads_total", "Versions that were loaded, refused or unloaded.", ("outcome",), registry=self.registry
+        )
         self.models_loaded = Gauge("elbow_models_loaded", "Model versions being served.", registry=self.registry)
 
+        self._keys: dict[str, Counter] = {}
+        self._key_work: dict[str, Counter] = {}
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._answers: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
 
@@ -181,6 +219,20 @@ class Metrics:
         if found is None:
             names = ModelMetrics.__dataclass_fields__
             found = self._models[name, version] = ModelMetrics(*(getattr(self, metric).labels(name, version) for metric in names))
+        return found
+
+    def of_key(self, name: str) -> Counter:
+        """Counts the requests of a key."""
+        found = self._keys.get(name)
+        if found is None:
+            found = self._keys[name] = self.key_requests.labels(name)
+        return found
+
+    def of_key_work(self, name: str) -> Counter:
+        """Counts the row-steps charged to a key, those included that are given back later: it asked for them."""
+        found = self._key_work.get(name)
+        if found is None:
+            found = self._key_work[name] = self.key_work.labels(name)
         return found
 
     def answered(self, call: Call, status: int, seconds: float) -> None:

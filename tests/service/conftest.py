@@ -162,10 +162,10 @@ def make_card() -> Callable[..., Card]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Service]]:
-    """serve(card, …): the application with these models behind the fake scheduler."""
+    """serve(card, …): the application with these models behind the fake scheduler; options go to `Server` (keys, …)."""
     with asyncio.Runner() as runner:
 
-        def start(*cards: Card, limits: Limits = LIMITS) -> Service:
+        def start(*cards: Card, limits: Limits = LIMITS, **options: Any) -> Service:
             scheduler, metrics = FakeScheduler(), Metrics()
             repository = Repository(scheduler, lambda artifact: pytest.fail("nothing to build"))
             for one in cards:
@@ -176,7 +176,7 @@ def serve() -> Iterator[Callable[..., Service]]:
                 yield
 
             app = assemble(metrics, lifespan)
-            app.state.server = Server(scheduler, repository, limits, metrics)
+            app.state.server = Server(scheduler, repository, limits, metrics, **options)
             return Service(runner, app, scheduler)
 
         yield start
