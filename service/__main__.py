@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -23,8 +20,6 @@ from service.engine.parity import verify_parity
 BATCHES = (1, 8, 64)
 WARM_UP_CALLS = 5
 BENCH_SECONDS = 0.5
-REPLY_S = 2
-"""After the scheduler has stopped, for the last replies to leave."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,42 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> int:
     """Serves until SIGTERM or Ctrl-C; everything comes from ELBOW_ variables (service/settings.py)."""
-    import uvicorn
-
     from service.app import create_app
+    from service.process import serve
     from service.settings import read_settings
     from service.telemetry import configure_logging
 
     settings = read_settings()
     configure_logging(settings.log_level)
     app = create_app(settings)
-
-    class DrainingServer(uvicorn.Server):
-        """At SIGTERM the scheduler stops beside uvicorn: what runs is finished or refused in time, and nobody is left unanswered."""
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await app.state.server.hand_over_streams()  # before uvicorn closes every WebSocket without a word
-            stopping = asyncio.ensure_future(app.state.server.stop(settings.drain_s))
-            await super().shutdown(sockets)
-            await stopping
-
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        loop="auto",  # uvloop where it is installed
-        http="httptools",
-        ws="websockets-sansio",
-        ws_max_size=settings.max_message_bytes,
-        ws_per_message_deflate=False,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s) + REPLY_S,
-    )
-    server = DrainingServer(config)
-    server.run()
-    return 0 if server.started else 1
+    return 0 if serve(app, settings, app.state.metrics) else 1
 
 
 def check(path: Path) -> int:

@@ -165,7 +165,8 @@ def _closing(send: Send) -> Send:
 
     async def send_and_close(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            kept = [header for header in message.get("headers", ()) if header[0] != b"connection"]
+            message = {**message, "headers": [*kept, (b"connection", b"close")]}
         await send(message)
 
     return send_and_close
@@ -177,4 +178,4 @@ async def _refuse(error: ElbowError, scope: Scope, receive: Receive, send: Send)
     if scope["type"] == "websocket":
         await WebSocket(scope, receive, send).send_denial_response(response)
     else:
-        await response(scope, receive, _closing(send) if isinstance(error, ShuttingDown) else send)
+        await response(scope, receive, send)

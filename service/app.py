@@ -26,7 +26,7 @@ from service.keys import KeyRing
 from service.middleware import RequestMiddleware
 from service.openapi import describe_api
 from service.repository import Repository, card_sha256
-from service.routes import filters, health, infer, models, tokens
+from service.routes import filters, health, infer, models, oip, tokens
 from service.scheduler.scheduler import Scheduler
 from service.settings import Settings
 from service.streams.tokens import Tokens
@@ -84,7 +84,7 @@ def assemble(metrics: Metrics, lifespan: Any, *, body_s: float = 10.0, origins: 
     """Routes, middleware and error handlers around a lifespan that sets `app.state.server`."""
     app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     # matched in order: the busiest first
-    app.router.routes[:0] = [*infer.ROUTES, *filters.ROUTES, *models.ROUTES, *tokens.ROUTES, *health.ROUTES]
+    app.router.routes[:0] = [*infer.ROUTES, *oip.ROUTES, *filters.ROUTES, *models.ROUTES, *tokens.ROUTES, *health.ROUTES]
     app.add_middleware(AccessMiddleware, body_s=body_s, origins=frozenset(origins))
     app.add_middleware(RequestMiddleware, metrics=metrics)
     if origins:
@@ -101,6 +101,7 @@ def assemble(metrics: Metrics, lifespan: Any, *, body_s: float = 10.0, origins: 
         metrics.refusals.labels(error.code).inc()
         return await handle_elbow_error(request, error)
 
+    app.state.metrics = metrics
     app.add_exception_handler(ElbowError, refuse)
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(ClientDisconnect, _nobody_is_listening)
@@ -116,6 +117,7 @@ def limits_of(settings: Settings) -> Limits:
         max_deadline_ms=settings.max_deadline_ms,
         max_message_bytes=settings.max_message_bytes,
         stream_idle_s=settings.stream_idle_s,
+        max_sequences=settings.max_sequences,
         drain_s=settings.drain_s,
     )
 

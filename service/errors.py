@@ -1,13 +1,14 @@
 """Everything that can go wrong with a request, and what the client is told.
 
     ElbowError                   anything this service refuses or fails at, on purpose and with a message
-    ├── InvalidInput        422  JSON that does not fit: `errors` names the fields
+    ├── InvalidInput        422  JSON that does not fit: `errors` names the fields (on /v2: 400, as for the next)
     ├── TokenRefused        422  a state token that is altered, expired, or another model's or caller's
     ├── MalformedBody       400  not JSON
     ├── Unauthorized        401  no API key, or one that is not known
     ├── Forbidden           403  a key that does not open this
     ├── UnknownModel        404  no such model or version here
     ├── BodyTooLarge        413  more bytes than the server takes
+    ├── HeadTooLarge        431  request line and headers of more bytes than the server takes
     ├── UnsupportedMedia    415  a content type or encoding it does not read
     ├── WrongMessageKind    415  on a WebSocket: a binary message where text belongs, or the other way round
     ├── ClientIdle          408  nothing was heard for too long
@@ -86,6 +87,10 @@ class BodyTooLarge(ElbowError):
     code = "body_too_large"
 
 
+class HeadTooLarge(ElbowError):
+    code = "head_too_large"
+
+
 class UnsupportedMedia(ElbowError):
     code = "unsupported_media"
 
@@ -134,6 +139,7 @@ STATUS: dict[type[ElbowError], int] = {
     Forbidden: 403,
     UnknownModel: 404,
     BodyTooLarge: 413,
+    HeadTooLarge: 431,
     UnsupportedMedia: 415,
     WrongMessageKind: 415,
     ClientIdle: 408,
@@ -149,7 +155,10 @@ FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 def problem(error: ElbowError, *, instance: str, request_id: str) -> dict[str, Any]:
     """The problem document of `error`, as a JSON object."""
-    members = _members(STATUS[type(error)], error.code, error.detail, instance, request_id)
+    status = STATUS[type(error)]
+    if status == HTTPStatus.UNPROCESSABLE_ENTITY and instance.startswith("/v2/"):
+        status = HTTPStatus.BAD_REQUEST  # what clients of the Open Inference Protocol know
+    members = _members(int(status), error.code, error.detail, instance, request_id)
     if error.fields:
         members["errors"] = [{"field": path, "message": message} for path, message in error.fields]
     if isinstance(error, RetryLater):
@@ -175,6 +184,8 @@ def error_response(error: ElbowError, path: str, request_id: str) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     elif isinstance(error, ClientIdle | BodyTooLarge):
         headers["Connection"] = "close"  # the rest of the body is not waited for
+    if isinstance(error, ShuttingDown):
+        headers["Connection"] = "close"  # the next request goes elsewhere
     return problem_response(problem(error, instance=path, request_id=request_id), headers)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "ELBOW_"
@@ -45,12 +45,26 @@ class Settings(BaseSettings):
     token_ttl_s: float = Field(default=3600.0, gt=0, description="how long a state token holds")
     max_token_bytes: int = Field(default=65_536, ge=1024, description="largest state token")
     max_streams: int = Field(default=1024, ge=1, description="streams that may be open at once, per filter")
+    max_sequences: int = Field(default=512, ge=1, description="sequences of the Open Inference Protocol that may be live at once")
     max_message_bytes: int = Field(default=2**20, ge=1024, description="largest WebSocket message")
     stream_idle_s: float = Field(default=60.0, gt=0, description="a stream that says nothing for so long is closed")
+    tls_cert_file: Path | None = Field(default=None, description="certificate chain (PEM); with tls_key_file: serve HTTPS and WSS")
+    tls_key_file: Path | None = Field(default=None, description="its private key (PEM)")
+    max_connections: int = Field(default=4096, ge=1, description="HTTP connections open at once; beyond it: 503")
+    max_head_bytes: int = Field(default=16_384, ge=1024, description="largest request line and headers together; beyond it: 431")
+    head_s: float = Field(default=10.0, gt=0, description="time for a request's head to arrive: 408")
+    keep_alive_s: float = Field(default=15.0, gt=0, description="an idle connection is closed after so long")
+    send_s: float = Field(default=30.0, gt=0, description="a client that takes nothing of its reply for so long is cut off")
     body_s: float = Field(default=10.0, gt=0, description="a body that has not arrived by then (and 16 KiB/s later) gets 408")
     drain_delay_s: float = Field(default=0.0, ge=0, description="time between unready and refusing at shutdown, for balancers to notice")
     drain_s: float = Field(default=10.0, ge=0, description="time that running requests get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="debug logs every request")
+
+    @model_validator(mode="after")
+    def _tls_takes_both(self) -> Settings:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file, tls_key_file: give both, or neither")
+        return self
 
     @property
     def allowed_origins(self) -> list[str]:

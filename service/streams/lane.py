@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from models.artifact import Arrays, Card
 from service.engine.base import Engine
-from service.errors import BackendFailure, Overloaded, ShuttingDown
+from service.errors import BackendFailure, Overloaded, ShuttingDown, UnknownModel
 from service.noise import Purpose, vectors, words
 from service.scheduler.cost import CostModel
 from service.streams.stream import Portion, Stream
@@ -76,8 +76,10 @@ class StreamLane:
             Overloaded: all slots are taken. ShuttingDown: no new streams any more.
         """
         with self._door:
-            if self.draining or self.retiring:
+            if self.draining:
                 raise ShuttingDown("the server is shutting down", retry_after_s=1.0)
+            if self.retiring:
+                raise UnknownModel(f"{self.key} is being unloaded: open the stream on another version")
             if not self._free:
                 raise Overloaded(f"{self._capacity} streams of {self.key} are open, no more are taken", retry_after_s=5.0)
             stream.slot = self._free.pop()
@@ -104,6 +106,10 @@ class StreamLane:
 
     def has_work(self) -> bool:
         return bool(self._fed or self._leaving or self._ready)
+
+    def in_use(self) -> bool:
+        """A stream finishes on the version it began with, however long it lasts."""
+        return bool(self._streams) or self.has_work()
 
     def urgency(self) -> float:
         self._collect()
