@@ -17,7 +17,6 @@ from tests.service.scheduler.support import job, run
 
 torch = pytest.importorskip("torch")
 
-from service.engine.onnx import OnnxEngine  # noqa: E402
 from service.engine.torchscript_device import LARGEST_BUCKET, TorchScriptDeviceEngine  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +79,9 @@ def test_rows_in_slots_agree_with_the_reference_of_a_step(engines, device, bucke
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_served_rows_are_those_of_the_host(device):
     """Through the scheduler, noise drawn on the device from seeds and steps alone."""
+    pytest.importorskip("onnxruntime")
+    from service.engine.onnx import OnnxEngine
+
     with np.load(ROOT / "tests/data/mnist_sample.npz") as sample:
         x = (sample["valid"].reshape(-1, 784)[:24] > 127).astype(np.float32)
     answers = []

@@ -16,7 +16,7 @@ from tests.service.streams.test_lane import Bench, Frames, frames
 
 pytest.importorskip("torch")
 
-from service.engine.torchscript_device import TorchScriptDeviceEngine  # noqa: E402
+from service.engine.torchscript_device import TorchScriptDeviceEngine
 
 FULL = frozenset({"elbo", "prediction", "posterior", "reconstruction"})
 
