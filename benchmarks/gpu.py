@@ -193,7 +193,8 @@ def measure_requests(bench: Bench, artifact: Artifact, batches: list[int]) -> li
         us = bench.us(request)
         per_second = 1e6 / us
         rows.append(
-            {"rows": batch, "ms": us / 1e3, "requests/s": per_second, "rows/s": batch * per_second, "row-steps/s": batch * steps * per_second}
+            {"rows": batch, "ms": us / 1e3, "requests/s": per_second}
+            | {"rows/s": batch * per_second, "row-steps/s": batch * steps * per_second}
         )
     engine.close()
     return rows
