@@ -20,6 +20,7 @@ from service.access import AccessMiddleware
 from service.browser_tokens import BrowserTokens
 from service.deps import Server
 from service.engine.base import Engine
+from service.engine.memory import DeviceMemory
 from service.errors import ElbowError, handle_elbow_error, handle_http_exception
 from service.jobs import Limits
 from service.keys import KeyRing
@@ -53,7 +54,8 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         scheduler = Scheduler(queue_rows=settings.queue_rows, streams=settings.max_streams)
-        build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads)
+        memory = DeviceMemory(settings.device_memory_mb * 2**20 or None)
+        build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads, device=settings.device, memory=memory)
         repository = Repository(scheduler, build, _signer(settings))
         repository.load_all(settings.repository)
         if settings.closed_form:
@@ -134,12 +136,18 @@ def _installed(library: str) -> bool:
         return False
 
 
-def build_engine(artifact: Artifact, engine: str, threads: int) -> Engine:
-    """`engine` is "onnx", "torchscript", or "auto": the first of the two that is installed.
+def build_engine(artifact: Artifact, engine: str, threads: int, device: str = "cpu", memory: DeviceMemory | None = None) -> Engine:
+    """`engine` is "onnx", "torchscript", or "auto": the first of the two that is installed, and on a GPU TorchScript.
 
     Raises:
         ArtifactError: no engine is installed, or the artifact does not run on it as it should.
     """
+    if device != "cpu":
+        if engine == "onnx" or not _installed("torch"):
+            raise ArtifactError(f"ELBOW_DEVICE={device} needs TorchScript: set ELBOW_ENGINE to auto or torchscript, and install torch")
+        from service.engine.torchscript_device import TorchScriptDeviceEngine
+
+        return TorchScriptDeviceEngine(artifact, device, memory, threads=threads)
     if engine == "auto":
         engine = next(iter(available_engines()), "none")
     if engine == "onnx":

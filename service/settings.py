@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     repository: Path = Field(default=Path("artifacts"), description="folder of <name>/<version>/ artifacts")
     closed_form: bool = Field(default=False, description="also serve the exact conjugate-Gaussian stand-in, for demos and load runs")
     engine: Literal["auto", "onnx", "torchscript"] = Field(default="auto", description="auto: onnxruntime where installed, else torch")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N; a GPU runs TorchScript")
+    device_memory_mb: int = Field(default=0, ge=0, description="what all models together may use of the GPU; 0: 90 % of what is free")
     threads: int = Field(default=0, ge=0, le=1024, description="compute threads of the engine; 0: all cores but one, at least one")
     signing_key: SecretStr | None = Field(default=None, description="if set, only artifacts signed with it (HMAC-SHA256) are loaded")
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024, description="largest request body")

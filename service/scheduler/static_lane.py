@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models.artifact import Arrays
-from service.engine.base import Engine, Slots
+from service.engine.base import Engine, Given, Outputs, Slots
 from service.errors import BackendFailure, DeadlineExceeded, InvalidInput
 from service.noise import MAX_STEP, Purpose
 from service.scheduler.best_so_far import BestSoFar
@@ -76,9 +75,10 @@ class StaticLane:
     def __post_init__(self) -> None:
         card = self.engine.card
         self.counts, self.cost = Counts(), CostModel()
-        self.engine.allocate(self.slots)
+        self.slots = self.engine.allocate(self.slots)
         self._rows = RowTable(self.slots, len(card.levels), card.max_steps)
-        self._noise, self._ahead = Noise(card), NoiseAhead(card, self._rows)
+        keyed = self.engine.draws_noise
+        self._noise, self._ahead = Noise(card, keyed), NoiseAhead(card, self._rows, keyed)
         self._stages = FinalStages(
             engine=self.engine, rows=self._rows, cost=self.cost, noise=self._noise, clock=self.clock, tick_s=self.tick_s
         )
@@ -300,7 +300,7 @@ class StaticLane:
             self.engine.load_rows(
                 started, {"x": np.concatenate(xs) if together else xs[0], "mask": np.concatenate(masks) if together else masks[0]}
             )
-            noise: Arrays = {}
+            noise: Given = {}
             if self._init_has_noise:
                 noise = self._noise.draw("init", self._rows.seed[started], Purpose.INIT, (0, card.samples))
             self._timed("init", len(started), started, noise)
@@ -595,7 +595,7 @@ class StaticLane:
         self._line.forget_answered()
         self._stages.forget_answered()
 
-    def _timed(self, program: str, size: int, slots: Slots, noise: Mapping[str, NDArray[Any]]) -> Arrays:
+    def _timed(self, program: str, size: int, slots: Slots, noise: Given) -> Outputs:
         started = self.clock()
         outputs = self.engine.run_rows(program, slots, noise)
         seconds = self.clock() - started
