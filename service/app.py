@@ -22,7 +22,7 @@ from service.jobs import Limits
 from service.middleware import RequestMiddleware
 from service.openapi import describe_api
 from service.repository import Repository, card_sha256
-from service.routes import filters, health, infer, models
+from service.routes import filters, health, infer, models, oip
 from service.scheduler.scheduler import Scheduler
 from service.settings import Settings
 from service.streams.tokens import Tokens
@@ -65,7 +65,8 @@ def create_app(settings: Settings) -> FastAPI:
 def assemble(metrics: Metrics, lifespan: Any) -> FastAPI:
     """Routes, middleware and error handlers around a lifespan that sets `app.state.server`."""
     app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    app.router.routes[:0] = [*infer.ROUTES, *filters.ROUTES, *models.ROUTES, *health.ROUTES]  # matched in order: the busiest first
+    # matched in order: the busiest first
+    app.router.routes[:0] = [*infer.ROUTES, *oip.ROUTES, *filters.ROUTES, *models.ROUTES, *health.ROUTES]
     app.add_middleware(RequestMiddleware, metrics=metrics)
 
     async def refuse(request: Request, error: Exception) -> Response:
@@ -88,6 +89,7 @@ def limits_of(settings: Settings) -> Limits:
         max_deadline_ms=settings.max_deadline_ms,
         max_message_bytes=settings.max_message_bytes,
         stream_idle_s=settings.stream_idle_s,
+        max_sequences=settings.max_sequences,
         drain_s=settings.drain_s,
     )
 

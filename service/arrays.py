@@ -1,5 +1,7 @@
 """From JSON lists to float32 arrays: one conversion for all rows, and only when it fails a search for the offending element.
 
+A numpy array (of a tensor body) takes the place of the lists anywhere: the checks and the messages are the same.
+
 Shapes: R rows, X shape of x. A row may be flat (x.size numbers) or nested to x.shape.
 """
 
@@ -24,8 +26,9 @@ def read_rows(value: Any, field: str, x: XSpec, max_rows: int) -> Float32:
     Raises:
         InvalidInput: naming the first row or element that does not fit, and what would.
     """
-    if isinstance(value, list) and value and isinstance(value[0], int | float):
-        raise InvalidInput.at(f"{field}[0]", f"{describe(value[0])} is not a row: {_wanted(x)}; for a single row send {field}: [[…]]")
+    if _is_batch(value) and len(value) and isinstance(value[0], int | float | np.generic):
+        shown = describe(_plain(value[0]))
+        raise InvalidInput.at(f"{field}[0]", f"{shown} is not a row: {_wanted(x)}; for a single row send {field}: [[…]]")
     check_batch(value, field, max_rows)
     array = _shaped(value, field, x)
     minimum, maximum = (-LARGEST if x.minimum is None else x.minimum), (LARGEST if x.maximum is None else x.maximum)
@@ -39,8 +42,8 @@ def read_mask(value: Any, x: XSpec, rows: int) -> Float32:
     """1 where x is observed, (R, *X); null stands for all observed."""
     if value is None:
         return np.ones((rows, *x.shape), np.float32)
-    if not isinstance(value, list) or len(value) != rows:
-        given = f"{len(value)} rows" if isinstance(value, list) else describe(value)
+    if not _is_batch(value) or len(value) != rows:
+        given = f"{len(value)} rows" if _is_batch(value) else describe(_plain(value))
         raise InvalidInput.at("mask", f"must be null or have one row for each of the {rows} rows of inputs, got {given}")
     array = _shaped(value, "mask", x)
     binary = (array == 0) | (array == 1)
@@ -68,12 +71,22 @@ def read_vectors(values: list[Any], paths: list[str], size: int, name: str) -> F
 
 def check_batch(value: Any, field: str, max_rows: int) -> None:
     """`value` is a list of 1 … max_rows rows."""
-    if not isinstance(value, list):
-        raise InvalidInput.at(field, f"must be a list of rows, not {describe(value)}")
-    if not value:
+    if not _is_batch(value):
+        raise InvalidInput.at(field, f"must be a list of rows, not {describe(_plain(value))}")
+    if not len(value):
         raise InvalidInput.at(field, "is empty: send at least one row")
     if len(value) > max_rows:
         raise InvalidInput.at(field, f"has {len(value)} rows, this server takes at most {max_rows} in one request")
+
+
+def _is_batch(value: Any) -> bool:
+    """A list, or an array with a first axis."""
+    return value.ndim > 0 if isinstance(value, np.ndarray) else isinstance(value, list)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's own; everything else as it is."""
+    return value.item() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _numbers(value: Any) -> NDArray[Any] | None:
@@ -85,13 +98,14 @@ def _numbers(value: Any) -> NDArray[Any] | None:
     return array if array.dtype.kind in "fiub" else None
 
 
-def _shaped(value: list[Any], field: str, x: XSpec) -> NDArray[Any]:
+def _shaped(value: Any, field: str, x: XSpec) -> NDArray[Any]:
     array = _numbers(value)
     if array is not None and array.shape[1:] == x.shape:
         return array
     if array is not None and array.shape[1:] == (x.size,):
         return array.reshape(len(value), *x.shape)
-    _refuse_rows(value, field, x)
+    # all rows of an array have one shape: what is wrong with the first is what is wrong
+    _refuse_rows(value[:1].tolist() if isinstance(value, np.ndarray) else value, field, x)
 
 
 def _refuse_rows(value: list[Any], field: str, x: XSpec) -> NoReturn:
@@ -130,7 +144,8 @@ def _refuse_element(array: NDArray[Any], good: NDArray[np.bool_], value: Any, fi
     """Names the first element of `array` where `good` is false, by the path the client wrote (flat or nested)."""
     index = np.argwhere(~good)[0]
     shown = array[tuple(index)]
-    if not isinstance(value[0][0], list):
+    nested = value.ndim > 2 if isinstance(value, np.ndarray) else isinstance(value[0][0], list)
+    if not nested:
         index = np.asarray([index[0], np.ravel_multi_index(tuple(index[1:]), array.shape[1:])])
     path = field + "".join(f"[{i}]" for i in index)
     raise InvalidInput.at(path, f"{shown:g} is {problem}")

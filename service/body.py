@@ -31,6 +31,15 @@ async def read_body(request: Request, limit: int) -> bytes:
         ClientDisconnect: the client left before the body was complete.
     """
     _check_headers(request, limit)
+    return await read_bytes(request, limit)
+
+
+async def read_bytes(request: Request, limit: int) -> bytes:
+    """The body whatever it holds, refused as soon as more than `limit` bytes have come.
+
+    Raises:
+        BodyTooLarge, ClientDisconnect: as `read_body`.
+    """
     receive, chunks, size = request.receive, [], 0
     while True:
         message = await receive()
@@ -39,7 +48,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > limit:
-            raise BodyTooLarge(_too_large(limit))
+            raise BodyTooLarge(too_large(limit))
         chunks.append(chunk)
         if not message.get("more_body", False):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -91,12 +100,21 @@ def _check_headers(request: Request, limit: int) -> None:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise UnsupportedMedia(f"content encoding {encoding!r} is not read here: send the body uncompressed")
+    check_announced(request, limit)
+
+
+def check_announced(request: Request, limit: int) -> None:
+    """Refuses a body by its Content-Length, before any of it is read.
+
+    Raises:
+        BodyTooLarge: it announces more than `limit` bytes.
+    """
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > limit:
-        raise BodyTooLarge(_too_large(limit))
+        raise BodyTooLarge(too_large(limit))
 
 
-def _too_large(limit: int) -> str:
+def too_large(limit: int) -> str:
     return f"the body is larger than this server's {limit} bytes: send fewer rows per request"
 
 

@@ -14,9 +14,12 @@ from starlette.requests import HTTPConnection, Request
 
 from service.errors import InvalidInput
 from service.jobs import Limits
+from service.oip.sequences import Sequences
+from service.oip.statistics import Statistics
 from service.repository import Repository, ServedModel
 from service.scheduler.job import Job, JobResult
-from service.streams.lane import StreamLane
+from service.scheduler.static_lane import Counts
+from service.streams.lane import StreamCounts, StreamLane
 from service.streams.results import Shaper
 from service.streams.tokens import Tokens
 from service.telemetry import Call, Metrics
@@ -39,6 +42,14 @@ class Scheduling(Protocol):
 
     def stream_lane(self, key: str) -> StreamLane:
         """Where the streams of a filter go. Raises InvalidInput for a static model."""
+        ...
+
+    def stats(self) -> dict[str, Counts]:
+        """What has been done so far, per static model."""
+        ...
+
+    def stream_stats(self) -> dict[str, tuple[int, StreamCounts]]:
+        """Live streams and what has been done so far, per filter."""
         ...
 
 
@@ -67,8 +78,13 @@ class Server:
     tokens: Tokens = field(default_factory=_own_tokens)
     connections: set[Live] = field(default_factory=set)
     draining: bool = False
+    statistics: Statistics = field(default_factory=Statistics)
+    sequences: Sequences = field(init=False)
     _shapers: dict[str, Shaper] = field(default_factory=dict)
     _stopping: asyncio.Future[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.sequences = Sequences(self.limits.max_sequences, self.limits.stream_idle_s, self.clock)
 
     def shaper(self, model: ServedModel) -> Shaper:
         """What makes results of this model's streams."""

@@ -1,7 +1,7 @@
 """Everything that can go wrong with a request, and what the client is told.
 
     ElbowError                   anything this service refuses or fails at, on purpose and with a message
-    ├── InvalidInput        422  JSON that does not fit: `errors` names the fields
+    ├── InvalidInput        422  JSON that does not fit: `errors` names the fields (on /v2: 400, as for the next)
     ├── TokenRefused        422  a state token that is altered, expired, or another model's or caller's
     ├── MalformedBody       400  not JSON
     ├── UnknownModel        404  no such model or version here
@@ -137,7 +137,10 @@ FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 def problem(error: ElbowError, *, instance: str, request_id: str) -> dict[str, Any]:
     """The problem document of `error`, as a JSON object."""
-    members = _members(STATUS[type(error)], error.code, error.detail, instance, request_id)
+    status = STATUS[type(error)]
+    if status == HTTPStatus.UNPROCESSABLE_ENTITY and instance.startswith("/v2/"):
+        status = HTTPStatus.BAD_REQUEST  # what clients of the Open Inference Protocol know
+    members = _members(int(status), error.code, error.detail, instance, request_id)
     if error.fields:
         members["errors"] = [{"field": path, "message": message} for path, message in error.fields]
     if isinstance(error, RetryLater):

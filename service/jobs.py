@@ -41,6 +41,7 @@ class Limits:
     max_deadline_ms: float
     max_message_bytes: int = 2**20
     stream_idle_s: float = 60.0
+    max_sequences: int = 512
     drain_s: float = 10.0
 
 

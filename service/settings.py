@@ -38,6 +38,7 @@ class Settings(BaseSettings):
     token_ttl_s: float = Field(default=3600.0, gt=0, description="how long a state token holds")
     max_token_bytes: int = Field(default=65_536, ge=1024, description="largest state token")
     max_streams: int = Field(default=1024, ge=1, description="streams that may be open at once, per filter")
+    max_sequences: int = Field(default=512, ge=1, description="sequences of the Open Inference Protocol that may be live at once")
     max_message_bytes: int = Field(default=2**20, ge=1024, description="largest WebSocket message")
     stream_idle_s: float = Field(default=60.0, gt=0, description="a stream that says nothing for so long is closed")
     drain_s: float = Field(default=10.0, ge=0, description="time that running requests get at shutdown")

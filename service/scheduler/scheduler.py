@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -66,6 +67,8 @@ class Scheduler:
         self._stopping = False
         self._stop_at = float("inf")
         self._ticks = 0
+        self._held: list[Answer] = []
+        """Answers that will be handed over when the engine next runs for long."""
 
     # Life.
 
@@ -112,6 +115,7 @@ class Scheduler:
             streams.warm_up()
         else:
             static = self._lane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s)
+            static.hand_over = self._hand_over
             warm_up(engine, static.cost, self._clock, self._slots)
         with self._door:
             for replaced in (self._lanes.pop(key, None), self._stream_lanes.pop(key, None)):
@@ -182,6 +186,8 @@ class Scheduler:
             return False
         self._ticks += 1
         lane.last_served = self._ticks
+        if self._held and not _will_step(lane):
+            self._hand_over()
         try:
             lane.tick(self._tick_s)
         except Exception as exc:  # a fault of ours: every waiter still gets an answer, and the other lanes live on
@@ -287,16 +293,38 @@ class Scheduler:
             lane.engine.close()
 
     def _settle(self, lane: Lane) -> None:
-        """Hands answers to their event loops: one call per loop, however many jobs were answered."""
+        """Hands over what the lane has answered: at once, or, where a step follows, when that step runs.
+
+        Whoever is told wakes up and takes the interpreter for a while. Beside a step this costs nothing; before it, with rows
+        to admit, the engine thread would stand still. An answer with a deadline waits for nothing.
+        """
+        answers = lane.answered()
+        self._held.extend(answers)
+        if self._held and not (_will_step(lane) and all(_patient(answer) for answer in answers)):
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """One call per event loop, however many jobs were answered."""
+        if not self._held:
+            return
         by_loop: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
-        for answer in lane.answered():
+        for answer in self._held:
             if answer.loop is not None:
                 by_loop.setdefault(answer.loop, []).append(answer)
+        self._held = []
         for loop, answers in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_settle_all, answers)
             except RuntimeError:  # the loop was closed: nobody is left to tell
                 _LOG.debug("an event loop was closed before %d answers reached it", len(answers))
+
+
+def _will_step(lane: Lane) -> bool:
+    return isinstance(lane, StaticLane) and lane.will_step
+
+
+def _patient(answer: Answer) -> bool:
+    return isinstance(answer, Ticket) and answer.deadline == math.inf
 
 
 def _settle_all(answers: list[Answer]) -> None:

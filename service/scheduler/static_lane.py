@@ -70,6 +70,8 @@ class StaticLane:
     last_served: int = 0
     weight_in: int = 0
     weight_out: int = 0
+    hand_over: Callable[[], None] = lambda: None
+    """Called right before a long run of the engine, which needs no interpreter: the moment to wake those who wait for answers."""
 
     def __post_init__(self) -> None:
         card = self.engine.card
@@ -154,6 +156,11 @@ class StaticLane:
 
     def has_work(self) -> bool:
         return bool(self.inbox or self._line or self._stages or self._answered or self.someone_left or self._rows.in_flight)
+
+    @property
+    def will_step(self) -> bool:
+        """Whether the next tick has rows to step, and so a moment to hand answers over."""
+        return len(self._rows.active) > 0
 
     def urgency(self) -> float:
         self._receive()
@@ -329,7 +336,9 @@ class StaticLane:
         """One step for the rows in `slots`; False if the engine failed (and the rows are gone)."""
         rows = self._rows
         try:
-            norm = self._timed("step", len(slots), slots, self._ahead.refining(slots))["grad_norm"]
+            noise = self._ahead.refining(slots)
+            self.hand_over()
+            norm = self._timed("step", len(slots), slots, noise)["grad_norm"]
         except Exception as exc:
             self._fail_slots(slots, exc)
             return False
