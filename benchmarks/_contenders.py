@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,11 @@ def _plain_answer(reply: Any) -> Answer:
     return reply["mu"], reply["log_sigma"], reply["elbo"]
 
 
-def _grid(batches: Sequence[int], windows_ms: Sequence[float], workers: Sequence[int]) -> list[Settings]:
-    return [{"workers": w, "batch": b, "window-ms": ms} for w in workers for b in batches for ms in windows_ms]
+def _grid(windows_ms: tuple[float, float, float], one: int = 1) -> list[Settings]:
+    """One worker (`one`: how the peer says that) with room for every client, then smaller batches, then a worker per core."""
+    usual, short, long = windows_ms
+    alone = [(one, 32, usual), (one, 32, short), (one, 32, long), (one, 16, usual)]
+    return [{"workers": w, "batch": b, "window-ms": ms} for w, b, ms in (*alone, (2, 16, usual), (2, 16, short))]
 
 
 def contenders(model: str) -> list[Contender]:
@@ -101,12 +104,12 @@ def contenders(model: str) -> list[Contender]:
             _elbow_answer,
             [{}],
         ),
-        Contender("litserve", "/encode", "/health", *plain, _grid((32, 16), (5, 1, 15), (1, 2))),
+        Contender("litserve", "/encode", "/health", *plain, _grid((5, 1, 15))),
         Contender(
-            "pytriton", "/v2/models/encode/infer", "/v2/models/encode/ready", _v2_body, _v2_answer, _grid((32, 16), (2, 0, 10), (1, 2))
+            "pytriton", "/v2/models/encode/infer", "/v2/models/encode/ready", _v2_body, _v2_answer, _grid((2, 0, 10))
         ),
         Contender(
-            "mlserver", "/v2/models/encode/infer", "/v2/models/encode/ready", _v2_body, _v2_answer, _grid((32, 16), (5, 1, 20), (0, 2))
+            "mlserver", "/v2/models/encode/infer", "/v2/models/encode/ready", _v2_body, _v2_answer, _grid((5, 1, 20), one=0)
         ),
         Contender(
             "bentoml",
@@ -114,9 +117,9 @@ def contenders(model: str) -> list[Contender]:
             "/readyz",
             lambda x, steps, seed: {"inputs": [[*x, steps]]},
             _bento_answer,
-            _grid((32, 16), (200, 50, 1000), (1, 2)),
+            _grid((200, 50, 1000)),
         ),
-        Contender("ray", "/encode", "/-/healthz", *plain, _grid((32, 16), (5, 1, 15), (1, 2))),
+        Contender("ray", "/encode", "/-/healthz", *plain, _grid((5, 1, 15))),
     ]
 
 
@@ -161,14 +164,13 @@ def _ready(server: subprocess.Popen[bytes], url: str) -> bool:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """Asks the whole group to end, then makes it."""
-    for number, patience_s in ((signal.SIGTERM, 8.0), (signal.SIGKILL, 8.0)):
-        try:
-            os.killpg(server.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            server.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            continue
-        time.sleep(0.5)  # what it started ends after it
+    """Asks the server to end, which ends what it started (some leave shared memory behind otherwise); then makes all of it."""
+    server.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        server.wait(15.0)
+    try:
+        os.killpg(server.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    server.wait()
+    time.sleep(0.5)

@@ -122,12 +122,21 @@ def search(bench: Bench, chosen: list[Contender]) -> None:
     kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     rows = []
     for contender in chosen:
-        tried = [{"settings": s, **bench.measure(contender, s, SEARCH_S)[0]} for s in contender.settings]
+        tried = [{"settings": s, **_tried(bench, contender, s)} for s in contender.settings]
         best = max(tried, key=lambda one: one["requests_per_s"])
         kept[contender.name] = {"best": best["settings"], "tried": tried}
         rows += [[contender.name, _say(t["settings"]), t["requests_per_s"], t["p50_ms"], t["p99_ms"], t is best] for t in tried]
     print(table(("server", "settings", "requests/s", "p50 ms", "p99 ms", "best"), rows))
     print(f"kept in {keep('load-search', {name: kept[name] for name in kept if isinstance(kept[name], dict) and 'best' in kept[name]})}")
+
+
+def _tried(bench: Bench, contender: Contender, settings: Settings) -> Figures:
+    """Nothing at all for a setting with which the server does not start."""
+    try:
+        return bench.measure(contender, settings, SEARCH_S)[0]
+    except RuntimeError as exc:
+        print(exc, file=sys.stderr)
+        return {"requests_per_s": 0.0, "p50_ms": 0.0, "p99_ms": 0.0}
 
 
 def compare(bench: Bench, chosen: list[Contender], seconds: float, rounds: int) -> None:

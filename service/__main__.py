@@ -25,6 +25,9 @@ WARM_UP_CALLS = 5
 BENCH_SECONDS = 0.5
 REPLY_S = 2
 """After the scheduler has stopped, for the last replies to leave."""
+SWITCH_INTERVAL_S = 2e-5
+"""After each run of the engine its thread asks for the interpreter back. With Python's 5 ms it waits for the event loop to pause;
+with this it waits for one request at most (docs/decisions/surface.md has what that is worth)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +51,7 @@ def run() -> int:
 
     settings = read_settings()
     configure_logging(settings.log_level)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     app = create_app(settings)
 
     class DrainingServer(uvicorn.Server):

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from models.artifact import Artifact, ArtifactError, Signer
 from service.deps import Server
+from service.direct import DirectRoutes
 from service.engine.base import Engine
 from service.errors import ElbowError, handle_elbow_error, handle_http_exception
 from service.jobs import Limits
@@ -67,6 +68,8 @@ def assemble(metrics: Metrics, lifespan: Any) -> FastAPI:
     app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     # matched in order: the busiest first
     app.router.routes[:0] = [*infer.ROUTES, *oip.ROUTES, *filters.ROUTES, *models.ROUTES, *health.ROUTES]
+    endpoints = {endpoint.name: endpoint for endpoint in infer.ENDPOINTS}
+    app.add_middleware(DirectRoutes, endpoints=endpoints, handlers=app.exception_handlers)
     app.add_middleware(RequestMiddleware, metrics=metrics)
 
     async def refuse(request: Request, error: Exception) -> Response:
