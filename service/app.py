@@ -19,6 +19,7 @@ from models.artifact import Artifact, ArtifactError, Signer
 from service.access import AccessMiddleware
 from service.browser_tokens import BrowserTokens
 from service.deps import Server
+from service.direct import DirectRoutes
 from service.engine.base import Engine
 from service.engine.memory import DeviceMemory
 from service.errors import ElbowError, handle_elbow_error, handle_http_exception
@@ -87,6 +88,8 @@ def assemble(metrics: Metrics, lifespan: Any, *, body_s: float = 10.0, origins: 
     app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     # matched in order: the busiest first
     app.router.routes[:0] = [*infer.ROUTES, *oip.ROUTES, *filters.ROUTES, *models.ROUTES, *tokens.ROUTES, *health.ROUTES]
+    endpoints = {endpoint.name: endpoint for endpoint in infer.ENDPOINTS}
+    app.add_middleware(DirectRoutes, endpoints=endpoints, handlers=app.exception_handlers)
     app.add_middleware(AccessMiddleware, body_s=body_s, origins=frozenset(origins))
     app.add_middleware(RequestMiddleware, metrics=metrics)
     if origins:
