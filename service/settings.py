@@ -32,6 +32,7 @@ class Settings(BaseSettings):
     max_importance_samples: int = Field(default=5_000, ge=1, description="most samples of the importance-weighted log p(x)")
     max_deadline_ms: float = Field(default=600_000.0, gt=0, description="longest deadline a client may name")
     queue_rows: int = Field(default=20_000, ge=1, description="rows that may wait, per model; beyond it: 503")
+    max_wait_s: float = Field(default=1.0, gt=0, description="seconds of promised work, per model, beyond which requests get 503")
     token_secret: SecretStr | None = Field(
         default=None, description="signs state tokens; the same on all replicas. Unset: drawn at start, and tokens end with the process"
     )
