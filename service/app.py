@@ -54,7 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        scheduler = Scheduler(queue_rows=settings.queue_rows, streams=settings.max_streams)
+        scheduler = Scheduler(queue_rows=settings.queue_rows, max_wait_s=settings.max_wait_s, streams=settings.max_streams)
         memory = DeviceMemory(settings.device_memory_mb * 2**20 or None)
         build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads, device=settings.device, memory=memory)
         repository = Repository(scheduler, build, _signer(settings))

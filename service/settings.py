@@ -34,6 +34,7 @@ class Settings(BaseSettings):
     max_importance_samples: int = Field(default=5_000, ge=1, description="most samples of the importance-weighted log p(x)")
     max_deadline_ms: float = Field(default=600_000.0, gt=0, description="longest deadline a client may name")
     queue_rows: int = Field(default=20_000, ge=1, description="rows that may wait, per model; beyond it: 503")
+    max_wait_s: float = Field(default=1.0, gt=0, description="seconds of promised work, per model, beyond which requests get 503")
     keys_file: Path | None = Field(
         default=None, description="API keys, one a line: NAME SHA256 [ROW_STEPS_PER_SECOND[/BURST]] (elbow-serve key prints one)"
     )
