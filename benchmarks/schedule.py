@@ -125,8 +125,8 @@ async def measure(make_engine: Any, x: np.ndarray[Any, Any], seconds: float, rou
 
 
 def artifact_in(folder: Path) -> Path | None:
-    """The first iterative artifact below `folder`."""
-    found = (path for _, _, path in list_versions(folder) if Artifact.open(path).card.iterative)
+    """The first iterative artifact of the static family below `folder`."""
+    found = (path for _, _, path in list_versions(folder) if (card := Artifact.open(path).card).iterative and card.family == "static")
     return next(found, None)
 
 

@@ -1,12 +1,9 @@
-"""elbow-serve run | check ARTIFACT | bench ARTIFACT."""
+"""elbow-serve run | check ARTIFACT | bench ARTIFACT | key NAME."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -23,8 +20,9 @@ from service.engine.parity import verify_parity
 BATCHES = (1, 8, 64)
 WARM_UP_CALLS = 5
 BENCH_SECONDS = 0.5
-REPLY_S = 2
-"""After the scheduler has stopped, for the last replies to leave."""
+SWITCH_INTERVAL_S = 2e-5
+"""After each run of the engine its thread asks for the interpreter back. With Python's 5 ms it waits for the event loop to pause;
+with this it waits for one request at most (docs/decisions/surface.md has what that is worth)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "run":
             return run()
+        if options.command == "key":
+            return key(options.name, options.quota)
         return check(options.artifact) if options.command == "check" else bench(options.artifact, options.threads)
     except (ArtifactError, ValueError) as exc:  # pydantic's ValidationError is a ValueError
         print(f"elbow-serve: {exc}", file=sys.stderr)
@@ -40,42 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> int:
     """Serves until SIGTERM or Ctrl-C; everything comes from ELBOW_ variables (service/settings.py)."""
-    import uvicorn
-
     from service.app import create_app
+    from service.process import serve
     from service.settings import read_settings
     from service.telemetry import configure_logging
 
     settings = read_settings()
     configure_logging(settings.log_level)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     app = create_app(settings)
-
-    class DrainingServer(uvicorn.Server):
-        """At SIGTERM the scheduler stops beside uvicorn: what runs is finished or refused in time, and nobody is left unanswered."""
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await app.state.server.hand_over_streams()  # before uvicorn closes every WebSocket without a word
-            stopping = asyncio.ensure_future(app.state.server.stop(settings.drain_s))
-            await super().shutdown(sockets)
-            await stopping
-
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        loop="auto",  # uvloop where it is installed
-        http="httptools",
-        ws="websockets-sansio",
-        ws_max_size=settings.max_message_bytes,
-        ws_per_message_deflate=False,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s) + REPLY_S,
-    )
-    server = DrainingServer(config)
-    server.run()
-    return 0 if server.started else 1
+    return 0 if serve(app, settings, app.state.metrics) else 1
 
 
 def check(path: Path) -> int:
@@ -100,6 +74,22 @@ def bench(path: Path, threads: int) -> int:
         times = (1e6 * _seconds(engine, program, _tiled(artifact, program, batch)) for batch in BATCHES)
         print(f"{engine.name:12}" + "".join(f"{microseconds:12.0f}" for microseconds in times))
         engine.close()
+    return 0
+
+
+def key(name: str, quota: str | None) -> int:
+    """Prints a new API key, and the line by which a server knows it; the key is kept nowhere."""
+    from service.keys import ADMIN, KeyRing, digest_of, new_key
+
+    made = new_key()
+    digest = digest_of(made)
+    print(f"key:  {made}")
+    if name == ADMIN:
+        print(f"set:  ELBOW_ADMIN_KEY_SHA256={digest}")
+        return 0
+    line = f"{name} {digest}" + (f" {quota}" if quota else "")
+    KeyRing([line])  # refuses a name or quota that the server would refuse
+    print(f"line: {line}")
     return 0
 
 
@@ -142,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="elbow-serve", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="serve the repository (ELBOW_ variables configure it)")
+    command = commands.add_parser("key", help="make an API key: prints it once, and the line of its sha256 for ELBOW_KEYS_FILE")
+    command.add_argument("name", help="whose key it is; `admin` for the key of the admin routes")
+    command.add_argument("--quota", help="ROW_STEPS_PER_SECOND[/BURST]")
     for name, text in (("check", "verify an artifact and its parity on every engine"), ("bench", "time one step on every engine")):
         command = commands.add_parser(name, help=text)
         command.add_argument("artifact", type=Path, help="<repository>/<name>/<version>")

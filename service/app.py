@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from models.artifact import Artifact, ArtifactError, Signer
+from service.access import AccessMiddleware
+from service.browser_tokens import BrowserTokens
 from service.deps import Server
+from service.direct import DirectRoutes
 from service.engine.base import Engine
+from service.engine.memory import DeviceMemory
 from service.errors import ElbowError, handle_elbow_error, handle_http_exception
 from service.jobs import Limits
+from service.keys import KeyRing
 from service.middleware import RequestMiddleware
 from service.openapi import describe_api
 from service.repository import Repository, card_sha256
-from service.routes import filters, health, infer, models, oip
+from service.routes import filters, health, infer, models, oip, tokens
 from service.scheduler.scheduler import Scheduler
 from service.settings import Settings
 from service.streams.tokens import Tokens
 from service.telemetry import LOG, Metrics
+
+ASKED_HEADERS = ["Authorization", "X-API-Key", "Content-Type", "X-Request-ID", "traceparent"]
+TOLD_HEADERS = ["X-Request-ID", "Retry-After"]
 
 
 class ElbowApp(FastAPI):
@@ -34,23 +43,35 @@ class ElbowApp(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         server: Server = self.state.server
-        return describe_api(server.repository.all(), server.repository.newest(), server.limits)
+        return describe_api(
+            server.repository.all(), server.repository.newest(), server.limits, needs_key=not server.keys.is_open
+        )
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The application. Models are loaded and the scheduler started when the server starts it (its lifespan)."""
-    metrics = Metrics()
+    metrics, keys = Metrics(), _keys(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        scheduler = Scheduler(queue_rows=settings.queue_rows, streams=settings.max_streams)
-        build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads)
+        scheduler = Scheduler(queue_rows=settings.queue_rows, max_wait_s=settings.max_wait_s, streams=settings.max_streams)
+        memory = DeviceMemory(settings.device_memory_mb * 2**20 or None)
+        build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads, device=settings.device, memory=memory)
         repository = Repository(scheduler, build, _signer(settings))
         repository.load_all(settings.repository)
         if settings.closed_form:
             _add_closed_form(repository)
         metrics.models_loaded.set(len(repository.all()))
-        server = app.state.server = Server(scheduler, repository, limits_of(settings), metrics, tokens=_tokens(settings))
+        secret = _token_secret(settings)
+        server = app.state.server = Server(
+            scheduler,
+            repository,
+            limits_of(settings),
+            metrics,
+            tokens=Tokens(secret, settings.token_ttl_s, settings.max_token_bytes),
+            keys=keys,
+            browser_tokens=BrowserTokens(secret, settings.browser_token_ttl_s),
+        )
         metrics.watch(scheduler.stats)
         metrics.watch_streams(scheduler.stream_stats)
         scheduler.start()
@@ -59,21 +80,33 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await server.stop(settings.drain_s)
 
-    return assemble(metrics, lifespan)
+    return assemble(metrics, lifespan, body_s=settings.body_s, origins=settings.allowed_origins)
 
 
-def assemble(metrics: Metrics, lifespan: Any) -> FastAPI:
+def assemble(metrics: Metrics, lifespan: Any, *, body_s: float = 10.0, origins: Sequence[str] = ()) -> FastAPI:
     """Routes, middleware and error handlers around a lifespan that sets `app.state.server`."""
     app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     # matched in order: the busiest first
-    app.router.routes[:0] = [*infer.ROUTES, *oip.ROUTES, *filters.ROUTES, *models.ROUTES, *health.ROUTES]
+    app.router.routes[:0] = [*infer.ROUTES, *oip.ROUTES, *filters.ROUTES, *models.ROUTES, *tokens.ROUTES, *health.ROUTES]
+    endpoints = {endpoint.name: endpoint for endpoint in infer.ENDPOINTS}
+    app.add_middleware(DirectRoutes, endpoints=endpoints, handlers=app.exception_handlers)
+    app.add_middleware(AccessMiddleware, body_s=body_s, origins=frozenset(origins))
     app.add_middleware(RequestMiddleware, metrics=metrics)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=ASKED_HEADERS,
+            expose_headers=TOLD_HEADERS,
+        )
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, ElbowError)
         metrics.refusals.labels(error.code).inc()
         return await handle_elbow_error(request, error)
 
+    app.state.metrics = metrics
     app.add_exception_handler(ElbowError, refuse)
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(ClientDisconnect, _nobody_is_listening)
@@ -106,12 +139,18 @@ def _installed(library: str) -> bool:
         return False
 
 
-def build_engine(artifact: Artifact, engine: str, threads: int) -> Engine:
-    """`engine` is "onnx", "torchscript", or "auto": the first of the two that is installed.
+def build_engine(artifact: Artifact, engine: str, threads: int, device: str = "cpu", memory: DeviceMemory | None = None) -> Engine:
+    """`engine` is "onnx", "torchscript", or "auto": the first of the two that is installed, and on a GPU TorchScript.
 
     Raises:
         ArtifactError: no engine is installed, or the artifact does not run on it as it should.
     """
+    if device != "cpu":
+        if engine == "onnx" or not _installed("torch"):
+            raise ArtifactError(f"ELBOW_DEVICE={device} needs TorchScript: set ELBOW_ENGINE to auto or torchscript, and install torch")
+        from service.engine.torchscript_device import TorchScriptDeviceEngine
+
+        return TorchScriptDeviceEngine(artifact, device, memory, threads=threads)
     if engine == "auto":
         engine = next(iter(available_engines()), "none")
     if engine == "onnx":
@@ -132,12 +171,16 @@ def _add_closed_form(repository: Repository) -> None:
     repository.add(engine, card_sha256(engine.card))
 
 
-def _tokens(settings: Settings) -> Tokens:
+def _keys(settings: Settings) -> KeyRing:
+    admin = settings.admin_key_sha256
+    return KeyRing(settings.key_lines(), None if admin is None else admin.get_secret_value())
+
+
+def _token_secret(settings: Settings) -> bytes:
     secret = settings.token_secret
     if secret is None:
         LOG.warning("ELBOW_TOKEN_SECRET is not set: state tokens will not outlive this process, nor be read by another replica")
-    key = secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
-    return Tokens(key, settings.token_ttl_s, settings.max_token_bytes)
+    return secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
 
 
 def _signer(settings: Settings) -> Signer | None:

@@ -12,8 +12,10 @@ from typing import Protocol
 
 from starlette.requests import HTTPConnection, Request
 
+from service.browser_tokens import BrowserTokens
 from service.errors import InvalidInput
 from service.jobs import Limits
+from service.keys import ANYBODY, Caller, KeyRing
 from service.oip.sequences import Sequences
 from service.oip.statistics import Statistics
 from service.repository import Repository, ServedModel
@@ -30,6 +32,14 @@ class Scheduling(Protocol):
 
     async def submit(self, job: Job) -> JobResult:
         """The job's result; cancelling the call frees its rows at the next tick. Raises ElbowError."""
+        ...
+
+    def check_door(self, key: str) -> None:
+        """Raises Overloaded or ShuttingDown if any job for this model would be refused now."""
+        ...
+
+    def replied(self, job: Job, result: JobResult) -> None:
+        """The reply to a job is about to leave."""
         ...
 
     async def stop(self, grace_s: float) -> None:
@@ -66,9 +76,16 @@ def _own_tokens() -> Tokens:
     return Tokens(secrets.token_bytes(32), ttl_s=3600.0, max_bytes=65_536)
 
 
+def _own_browser_tokens() -> BrowserTokens:
+    return BrowserTokens(secrets.token_bytes(32), ttl_s=60.0)
+
+
 @dataclass
 class Server:
-    """The wired parts of one application (app.py makes it). `draining`: no longer ready, about to stop."""
+    """The wired parts of one application (app.py makes it).
+
+    `draining`: no longer ready, still serving. `refusing`: nothing new is taken, what runs is finished.
+    """
 
     scheduler: Scheduling
     repository: Repository
@@ -77,7 +94,10 @@ class Server:
     clock: Callable[[], float] = time.monotonic
     tokens: Tokens = field(default_factory=_own_tokens)
     connections: set[Live] = field(default_factory=set)
+    keys: KeyRing = field(default_factory=KeyRing)
+    browser_tokens: BrowserTokens = field(default_factory=_own_browser_tokens)
     draining: bool = False
+    refusing: bool = False
     statistics: Statistics = field(default_factory=Statistics)
     sequences: Sequences = field(init=False)
     _shapers: dict[str, Shaper] = field(default_factory=dict)
@@ -88,19 +108,36 @@ class Server:
 
     def shaper(self, model: ServedModel) -> Shaper:
         """What makes results of this model's streams."""
-        if model.key not in self._shapers:
-            self._shapers[model.key] = Shaper(model.card)
-        return self._shapers[model.key]
+        if model.sha256 not in self._shapers:
+            self._shapers[model.sha256] = Shaper(model.card)
+        return self._shapers[model.sha256]
+
+    def charge(self, caller: Caller, work: float) -> None:
+        """Takes `work` row-steps off the caller's quota.
+
+        Raises:
+            QuotaExceeded: nothing was left.
+        """
+        if caller.quota is not None:
+            caller.quota.check()
+            caller.quota.charge(work)
+        if caller.name:
+            self.metrics.of_key_work(caller.name).inc(work)
+
+    def refund(self, caller: Caller, work: float) -> None:
+        """Gives back what was charged for and not done."""
+        if caller.quota is not None:
+            caller.quota.charge(-work)
 
     async def hand_over_streams(self) -> None:
         """Every live stream gets its token and is closed; new ones are refused from now on."""
-        self.draining = True
+        self.draining = self.refusing = True
         await asyncio.gather(*(connection.drain() for connection in list(self.connections)), return_exceptions=True)
 
     async def stop(self, grace_s: float) -> None:
         """Stops the scheduler, once, however many ask; returns when it has stopped."""
         if self._stopping is None:
-            self.draining = True
+            self.draining = self.refusing = True
             self._stopping = asyncio.ensure_future(self.scheduler.stop(grace_s))
         await asyncio.shield(self._stopping)
 
@@ -110,8 +147,19 @@ def server_of(request: Request) -> Server:
     return server
 
 
+def caller_of(connection: HTTPConnection) -> Caller:
+    """Who asks, as service/access.py found out."""
+    caller: Caller = connection.scope.get("caller", ANYBODY)
+    return caller
+
+
 def key_id_of(connection: HTTPConnection) -> str:
-    """Which API key the caller shows, if any, as a name that gives nothing away: state tokens are bound to it."""
+    """Whose request this is: state tokens, and all else that is kept for a client, are bound to it.
+
+    The name of the key; on an open server the hash of whatever key is shown (to a gateway in front, perhaps).
+    """
+    if name := caller_of(connection).name:
+        return name
     shown = connection.headers.get("x-api-key") or connection.headers.get("authorization", "").removeprefix("Bearer ").strip()
     return hashlib.sha256(shown.encode()).hexdigest()[:16] if shown else ""
 

@@ -4,8 +4,11 @@
     ├── InvalidInput        422  JSON that does not fit: `errors` names the fields (on /v2: 400, as for the next)
     ├── TokenRefused        422  a state token that is altered, expired, or another model's or caller's
     ├── MalformedBody       400  not JSON
+    ├── Unauthorized        401  no API key, or one that is not known
+    ├── Forbidden           403  a key that does not open this
     ├── UnknownModel        404  no such model or version here
     ├── BodyTooLarge        413  more bytes than the server takes
+    ├── HeadTooLarge        431  request line and headers of more bytes than the server takes
     ├── UnsupportedMedia    415  a content type or encoding it does not read
     ├── WrongMessageKind    415  on a WebSocket: a binary message where text belongs, or the other way round
     ├── ClientIdle          408  nothing was heard for too long
@@ -68,12 +71,24 @@ class MalformedBody(ElbowError):
     code = "malformed_body"
 
 
+class Unauthorized(ElbowError):
+    code = "unauthorized"
+
+
+class Forbidden(ElbowError):
+    code = "forbidden"
+
+
 class UnknownModel(ElbowError):
     code = "unknown_model"
 
 
 class BodyTooLarge(ElbowError):
     code = "body_too_large"
+
+
+class HeadTooLarge(ElbowError):
+    code = "head_too_large"
 
 
 class UnsupportedMedia(ElbowError):
@@ -120,8 +135,11 @@ STATUS: dict[type[ElbowError], int] = {
     InvalidInput: 422,
     TokenRefused: 422,
     MalformedBody: 400,
+    Unauthorized: 401,
+    Forbidden: 403,
     UnknownModel: 404,
     BodyTooLarge: 413,
+    HeadTooLarge: 431,
     UnsupportedMedia: 415,
     WrongMessageKind: 415,
     ClientIdle: 408,
@@ -157,11 +175,24 @@ def problem_response(members: Mapping[str, Any], headers: Mapping[str, str] | No
     return Response(orjson.dumps(members), members["status"], headers, PROBLEM_JSON)
 
 
+def error_response(error: ElbowError, path: str, request_id: str) -> Response:
+    """The reply to a request that met `error`."""
+    headers = {}
+    if isinstance(error, RetryLater):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, ClientIdle | BodyTooLarge):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
+    if isinstance(error, ShuttingDown):
+        headers["Connection"] = "close"  # the next request goes elsewhere
+    return problem_response(problem(error, instance=path, request_id=request_id), headers)
+
+
 async def handle_elbow_error(request: Request, error: Exception) -> Response:
     """The one handler: any ElbowError becomes its problem document."""
     assert isinstance(error, ElbowError)
-    headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, RetryLater) else None
-    return problem_response(problem(error, instance=request.url.path, request_id=_request_id(request)), headers)
+    return error_response(error, request.url.path, _request_id(request))
 
 
 async def handle_http_exception(request: Request, error: Exception) -> Response:

@@ -30,6 +30,10 @@ MAX_EVENTS = 2**14
 """Rows × steps of one event stream: what waits in memory for a slow reader."""
 
 
+SAMPLES_PER_STEP = 8
+"""So many samples, measured or drawn for a row, are charged like one refinement step of it."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one request may ask of this server (settings.py has the defaults)."""
@@ -124,6 +128,12 @@ def generate_job(body: GenerateBody, model: ServedModel, limits: Limits) -> Job:
     return Job(model=model.key, seeds=seeds, budget=budget, ask=ask, z=z)
 
 
+def work_of(job: Job) -> int:
+    """What a job costs its caller's quota, in row-steps: one for the start, one for each step it may take, and its samples."""
+    samples = job.ask.samples + job.ask.importance_samples + job.ask.x + job.ask.z
+    return job.rows * (1 + job.budget.steps + samples // SAMPLES_PER_STEP)
+
+
 def with_events(job: Job, on_step: Callable[[StepEvent], None]) -> Job:
     """The same job, telling `on_step` the best so far after every step."""
     events = job.rows * (1 + job.budget.steps)
@@ -135,7 +145,8 @@ def with_events(job: Job, on_step: Callable[[StepEvent], None]) -> Job:
 
 def _read_inputs(inputs: Any, mask: Any, card: Card, limits: Limits) -> tuple[Float32, Float32]:
     x = read_rows(inputs, "inputs", card.x, limits.max_rows)
-    return x, read_mask(mask, card.x, len(x))
+    # without a mask a view of a single 1: nothing is made for what is the usual case
+    return x, np.broadcast_to(np.float32(1), x.shape) if mask is None else read_mask(mask, card.x, len(x))
 
 
 def _budget(body: EncodeBody | ReconstructBody | ScoreBody, card: Card, limits: Limits, arrival: float) -> Budget:

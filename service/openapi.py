@@ -27,7 +27,7 @@ ARRAYS = (
 )
 
 
-def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], limits: Limits) -> Json:
+def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], limits: Limits, *, needs_key: bool = False) -> Json:
     """The document for the models loaded now: `newest` without, all of `models` with the version in the path."""
     paths: Json = {}
     for model in newest:
@@ -38,8 +38,13 @@ def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], l
     paths["/v1/models"] = {"get": _get("models", "The models served here.", tag="models")}
     paths |= oip.server_paths()
     for path, summary in (("/livez", "The process runs."), ("/readyz", "Models are loaded and work is taken.")):
-        paths[path] = {"get": _get("health", summary, tag="health", refusals=(503,) if path == "/readyz" else ())}
-    paths["/metrics"] = {"get": {"summary": "Prometheus metrics.", "tags": ["health"], "responses": {"200": {"description": "text"}}}}
+        probe = _get("health", summary, tag="health")
+        if path == "/readyz":
+            probe["responses"]["503"] = probe["responses"]["200"] | {"description": "Not ready: no model is loaded, or the server leaves."}
+        paths[path] = {"get": probe | {"security": []}}
+    paths["/v1/token"] = {"post": _token()}
+    text: Json = {"200": {"description": "text"}}
+    paths["/metrics"] = {"get": {"summary": "Prometheus metrics.", "tags": ["health"], "security": [], "responses": text}}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -48,7 +53,14 @@ def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], l
             "description": "Posterior inference whose cost the client chooses. ELBOs and likelihoods are in nats per row.",
         },
         "paths": paths,
-        "components": {"schemas": {"Problem": _problem(), "Result": _result(), "Posterior": _posterior_out()}},
+        "components": {
+            "schemas": {"Problem": _problem(), "Result": _result(), "Posterior": _posterior_out()},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            },
+        },
+        "security": [{"bearer": []}, {"key": []}] if needs_key else [],
     }
 
 
@@ -232,9 +244,25 @@ def _example(call: str, card: Card) -> Json:
     return example
 
 
-def _get(name: str, summary: str, tag: str, refusals: Sequence[int] = ()) -> Json:
+def _get(name: str, summary: str, tag: str) -> Json:
     content = {"application/json": {"schema": {"type": "object", "title": name}}}
+    refusals = () if tag == "health" else (401, 404, 503)
     return {"summary": summary, "tags": [tag], "responses": {"200": {"description": summary, "content": content}, **_problems(refusals)}}
+
+
+def _token() -> Json:
+    schema = {
+        "type": "object",
+        "required": ["token", "expires_in_s"],
+        "properties": {"token": {"type": "string"}, "expires_in_s": {"type": "number"}},
+    }
+    summary = "A short-lived token with which a browser opens WebSockets (`?token=`, or the subprotocol `elbow-token.<token>`)."
+    content = {"application/json": {"schema": schema}}
+    return {
+        "summary": summary,
+        "tags": ["access"],
+        "responses": {"200": {"description": "a token", "content": content}, **_problems((401, 403, 408, 429, 503))},
+    }
 
 
 def _problems(statuses: Any) -> Json:

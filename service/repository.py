@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from models.artifact import Artifact, ArtifactError, Card, Signer, list_versions, version_key
 from service.engine.base import Engine
 from service.errors import UnknownModel
+from service.reference import Reference
 from service.telemetry import LOG
 
 
@@ -43,6 +45,11 @@ class ServedModel:
     def key(self) -> str:
         """How the scheduler calls it."""
         return f"{self.card.name}/{self.card.version}"
+
+    @cached_property
+    def reference(self) -> Reference:
+        """Where an ELBO lies among the card's reference rows."""
+        return Reference(self.card.quantiles)
 
 
 class Repository:

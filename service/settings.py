@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "ELBOW_"
@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     repository: Path = Field(default=Path("artifacts"), description="folder of <name>/<version>/ artifacts")
     closed_form: bool = Field(default=False, description="also serve the exact conjugate-Gaussian stand-in, for demos and load runs")
     engine: Literal["auto", "onnx", "torchscript"] = Field(default="auto", description="auto: onnxruntime where installed, else torch")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N; a GPU runs TorchScript")
+    device_memory_mb: int = Field(default=0, ge=0, description="what all models together may use of the GPU; 0: 90 % of what is free")
     threads: int = Field(default=0, ge=0, le=1024, description="compute threads of the engine; 0: all cores but one, at least one")
     signing_key: SecretStr | None = Field(default=None, description="if set, only artifacts signed with it (HMAC-SHA256) are loaded")
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024, description="largest request body")
@@ -32,6 +34,14 @@ class Settings(BaseSettings):
     max_importance_samples: int = Field(default=5_000, ge=1, description="most samples of the importance-weighted log p(x)")
     max_deadline_ms: float = Field(default=600_000.0, gt=0, description="longest deadline a client may name")
     queue_rows: int = Field(default=20_000, ge=1, description="rows that may wait, per model; beyond it: 503")
+    max_wait_s: float = Field(default=1.0, gt=0, description="seconds of promised work, per model, beyond which requests get 503")
+    keys_file: Path | None = Field(
+        default=None, description="API keys, one a line: NAME SHA256 [ROW_STEPS_PER_SECOND[/BURST]] (elbow-serve key prints one)"
+    )
+    keys: SecretStr | None = Field(default=None, description="the same lines as a variable, separated by newlines or semicolons")
+    admin_key_sha256: SecretStr | None = Field(default=None, description="sha256 of the key of the admin routes; unset: there are none")
+    browser_token_ttl_s: float = Field(default=60.0, gt=0, description="how long a token of POST /v1/token opens WebSockets")
+    cors_origins: str = Field(default="", description="origins of web pages that may call, separated by commas; * = all; empty: none")
     token_secret: SecretStr | None = Field(
         default=None, description="signs state tokens; the same on all replicas. Unset: drawn at start, and tokens end with the process"
     )
@@ -41,8 +51,46 @@ class Settings(BaseSettings):
     max_sequences: int = Field(default=512, ge=1, description="sequences of the Open Inference Protocol that may be live at once")
     max_message_bytes: int = Field(default=2**20, ge=1024, description="largest WebSocket message")
     stream_idle_s: float = Field(default=60.0, gt=0, description="a stream that says nothing for so long is closed")
+    tls_cert_file: Path | None = Field(default=None, description="certificate chain (PEM); with tls_key_file: serve HTTPS and WSS")
+    tls_key_file: Path | None = Field(default=None, description="its private key (PEM)")
+    max_connections: int = Field(default=4096, ge=1, description="HTTP connections open at once; beyond it: 503")
+    max_head_bytes: int = Field(default=16_384, ge=1024, description="largest request line and headers together; beyond it: 431")
+    head_s: float = Field(default=10.0, gt=0, description="time for a request's head to arrive: 408")
+    keep_alive_s: float = Field(default=15.0, gt=0, description="an idle connection is closed after so long")
+    send_s: float = Field(default=30.0, gt=0, description="a client that takes nothing of its reply for so long is cut off")
+    body_s: float = Field(default=10.0, gt=0, description="a body that has not arrived by then (and 16 KiB/s later) gets 408")
+    drain_delay_s: float = Field(default=0.0, ge=0, description="time between unready and refusing at shutdown, for balancers to notice")
     drain_s: float = Field(default=10.0, ge=0, description="time that running requests get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="debug logs every request")
+
+    @model_validator(mode="after")
+    def _tls_takes_both(self) -> Settings:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file, tls_key_file: give both, or neither")
+        return self
+
+    @property
+    def allowed_origins(self) -> list[str]:
+        """`cors_origins` as a list."""
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+    def key_lines(self) -> list[str]:
+        """The lines of `keys_file`, then those of `keys`.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        lines: list[str] = []
+        if self.keys_file is not None:
+            try:
+                lines = self.keys_file.read_text().splitlines()
+            except OSError as exc:
+                raise ValueError(f"ELBOW_KEYS_FILE: {exc}") from exc
+            if not any(line.partition("#")[0].strip() for line in lines):
+                raise ValueError(f"ELBOW_KEYS_FILE: {self.keys_file} holds no key; unset it to serve everybody")
+        if self.keys is not None:
+            lines += self.keys.get_secret_value().replace(";", "\n").splitlines()
+        return lines
 
     @property
     def engine_threads(self) -> int:

@@ -12,13 +12,17 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from service.deps import Server
+from service.deps import Server, caller_of
 from service.errors import ElbowError, problem
-from service.jobs import with_events
+from service.jobs import with_events, work_of
+from service.keys import Caller
 from service.replies import dump
 from service.repository import ServedModel
 from service.scheduler.job import Job, JobResult, StepEvent
 from service.telemetry import Metrics
+
+DRIFT_ROWS = 4
+"""Rows of one request whose ELBO is placed among the card's quantiles: enough to see a drift, and nothing at 10,000 rows."""
 
 
 async def submit(request: Request, server: Server, model: ServedModel, job: Job) -> JobResult:
@@ -32,8 +36,7 @@ async def submit(request: Request, server: Server, model: ServedModel, job: Job)
     assert waiting is not None
     watcher = asyncio.create_task(_cancel_when_gone(request.receive, waiting))
     try:
-        with _in_flight(server.metrics, model, job.rows):
-            result = await server.scheduler.submit(job)
+        result = await _run(server, model, job, caller_of(request))
     except asyncio.CancelledError:
         if not watcher.done():
             raise
@@ -41,7 +44,6 @@ async def submit(request: Request, server: Server, model: ServedModel, job: Job)
         raise ClientDisconnect from None
     finally:
         watcher.cancel()
-    _observe(server.metrics, model, result)
     return result
 
 
@@ -61,7 +63,7 @@ async def events(request: Request, server: Server, model: ServedModel, job: Job,
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[StepEvent | None] = asyncio.Queue()
     job = with_events(job, lambda event: _from_engine_thread(loop, told, event))
-    running = asyncio.create_task(_run(server, model, job))
+    running = asyncio.create_task(_run(server, model, job, caller_of(request)))
     running.add_done_callback(lambda _: told.put_nowait(None))
     try:
         first = await told.get()
@@ -86,10 +88,19 @@ async def events(request: Request, server: Server, model: ServedModel, job: Job,
     return frames()
 
 
-async def _run(server: Server, model: ServedModel, job: Job) -> JobResult:
-    with _in_flight(server.metrics, model, job.rows):
-        result = await server.scheduler.submit(job)
-    _observe(server.metrics, model, result)
+async def _run(server: Server, model: ServedModel, job: Job, caller: Caller) -> JobResult:
+    """The job's result, on the caller's account: what was not done is not paid for."""
+    work = work_of(job)
+    server.charge(caller, work)
+    try:
+        with _in_flight(server.metrics, model, job.rows):
+            result = await server.scheduler.submit(job)
+    except ElbowError:
+        server.refund(caller, work)
+        raise
+    if caller.quota is not None:
+        server.refund(caller, max(0, job.rows * job.budget.steps - sum(result.steps_used.tolist())))
+    _observe(server, model, job, result)
     return result
 
 
@@ -117,14 +128,24 @@ def _in_flight(metrics: Metrics, model: ServedModel, rows: int) -> Iterator[None
         gauge.dec(rows)
 
 
-def _observe(metrics: Metrics, model: ServedModel, result: JobResult) -> None:
-    """One observation per request: steps and ELBO as means over its rows."""
-    seen, timing = metrics.of_model(model.name, model.version), result.timing
-    rows = len(result.stop_reason)
-    steps, elbo = sum(result.steps_used.tolist()) / rows, sum(result.elbo.tolist()) / rows
+def _observe(server: Server, model: ServedModel, job: Job, result: JobResult) -> None:
+    """One observation per request: steps and ELBO as means over its rows. Quantiles are of single rows: of the first few."""
+    seen, timing = server.metrics.of_model(model.name, model.version), result.timing
+    rows, used, elbos = len(result.stop_reason), result.steps_used.tolist(), result.elbo.tolist()
+    steps, elbo = sum(used) / rows, sum(elbos) / rows
     seen.queue_wait.observe(timing.queue_ms / 1e3)
     seen.step_duration.observe(timing.compute_ms / 1e3 / (steps + 1))
     seen.batch_rows.observe(timing.batch_rows)
     seen.steps_used.observe(steps)
+    if job.budget.deadline is not None and server.clock() > job.budget.deadline:
+        seen.deadline_missed.inc()
     if math.isfinite(elbo):
         seen.negative_elbo.observe(-elbo)
+        for row in range(min(rows, DRIFT_ROWS)):
+            quantile = None if job.first_step is not None else model.reference.quantile(used[row], elbos[row])
+            if quantile is not None:
+                seen.elbo_quantile.observe(quantile)
+    if result.trace is not None:
+        gain = sum(trace[-1] - trace[0] for trace in result.trace) / rows
+        if math.isfinite(gain):
+            seen.elbo_gain.observe(gain)

@@ -40,6 +40,8 @@ class SequenceRunConfig:
         refinement: K steps and S samples per frame; a model's own filter has K = 0.
         seconds: end after so many seconds of updates, validation and compiling not counted; the learning rate then follows the
             share of them that is spent instead of epochs: rivals at equal training seconds each get their whole schedule.
+        one_step_share: over this share of the run, as its learning rate counts it, a frame gets one step; then 2, 4, … and K, for
+            equal parts of the rest. Many short updates teach the model most, and f learns to go on from where it leads itself.
         kl_warmup_epochs: the KL's weight rises linearly to 1 over so many epochs.
         validate_every: epochs between validations, which also choose the best checkpoint.
         validate_frames: of each validation sequence, from its beginning; None = whole. validation_sequences: the first so many.
@@ -55,6 +57,7 @@ class SequenceRunConfig:
     batch_size: int = 16
     epochs: int = 800
     seconds: float | None = None
+    one_step_share: float = 0.0
     kl_warmup_epochs: int = 0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     compiled: bool = True
@@ -63,6 +66,16 @@ class SequenceRunConfig:
     validation_sequences: int | None = None
     frozen: tuple[str, ...] = ()
     seed: int = 0
+
+    def steps_at(self, share: float) -> int:
+        """K of an update made when `share` of the run is done."""
+        if share >= 1 or self.refinement.steps <= 1 or not self.one_step_share:
+            return self.refinement.steps
+        if share < self.one_step_share:
+            return 1
+        rising = [2**i for i in range(1, 64) if 2**i < self.refinement.steps] + [self.refinement.steps]
+        part = (share - self.one_step_share) / (1 - self.one_step_share)
+        return rising[int(round(part * len(rising), 9))]
 
     def kl_weight(self, epoch: int) -> float:
         return min(1.0, (epoch + 1) / self.kl_warmup_epochs) if self.kl_warmup_epochs else 1.0

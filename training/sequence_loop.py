@@ -74,8 +74,9 @@ class SequenceTrainer(RunLoop):
     def _chunk(self, batch: SequenceBatch) -> Chunk:
         refinement, (latent,) = self.run.refinement, self.filters.generative.latent_sizes
         rows, frames = batch.mask.shape
+        steps = min(self.steps, self.run.steps_at(self.progress / self.run.epochs))
         noise = torch.stack(
-            [torch.stack([self._noise(latent, rows, refinement.samples) for _ in range(self.steps + 1)]) for _ in range(frames)]
+            [torch.stack([self._noise(latent, rows, refinement.samples) for _ in range(steps + 1)]) for _ in range(frames)]
         )
         x = self._transposed(batch.x)
         mask = batch.mask[..., None].expand_as(x).contiguous()
@@ -98,6 +99,8 @@ class SequenceTrainer(RunLoop):
 
     def _means(self, seen: ChunkSeen, weights: Tensor, frames: float) -> dict[str, Tensor]:
         elbo = (seen.elbo * weights[..., None]).sum((0, 1)) / frames
+        # steps that were not made yet change nothing
+        elbo = torch.cat([elbo, elbo[-1:].expand(self.steps + 1 - len(elbo))])
         kl = (seen.kl * weights).sum() / frames
         return {"elbo": elbo, "kl": kl[None]}
 

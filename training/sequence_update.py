@@ -20,7 +20,8 @@ from models.catalogue import FilterModel
 from models.generative.filter import FilterState
 from training.sequence_step import ChainFrame, Chunk, ChunkSeen, Flow, accumulate_sequence, chain_frame
 
-Key = tuple[int, bool]
+Key = tuple[int, int, bool]
+"""Rows, steps and whether missing entries are filled."""
 
 SIGHTINGS = 2
 """A chunk shape is compiled for when it comes for the second time: the odd last batch is not worth the wait."""
@@ -49,7 +50,7 @@ class SequenceGradients:
     def _chain(self, chunk: Chunk) -> ChainFrame | None:
         if not self._wants_compiled:
             return None
-        key = (len(chunk.x), chunk.needs_filling)
+        key = (len(chunk.x), chunk.noise.shape[1] - 1, chunk.needs_filling)
         self._seen[key] += 1
         if key not in self._frames and self._seen[key] >= SIGHTINGS:
             self._frames[key] = CompiledFrame(self._model, chunk, self._precision)

@@ -12,8 +12,8 @@ from starlette.websockets import WebSocket
 
 from service import replies
 from service.body import in_worker_if_large, parse_object, read_body
-from service.deps import Server, key_id_of, model_of, server_of
-from service.errors import ElbowError, ShuttingDown, problem, problem_response
+from service.deps import Server, caller_of, key_id_of, model_of, server_of
+from service.errors import ElbowError, error_response
 from service.repository import ServedModel
 from service.schemas import FilterBody, read_body_fields
 from service.streams.connection import Connection
@@ -35,6 +35,7 @@ async def filter_frames(request: Request) -> Response:
         return read_frames(read_body_fields(FilterBody, parse_object(raw)), model, server.tokens, key_id, server.limits.max_rows)
 
     frames = await in_worker_if_large(len(raw), prepare)
+    server.charge(caller_of(request), len(frames.x) * (1 + frames.settings["steps"]))
     done: asyncio.Future[Portion] = asyncio.get_running_loop().create_future()
     stream = Stream(spec_of(frames.settings, 0.0, frames.snapshot), settle(done), asyncio.get_running_loop())
     lane.open(stream)
@@ -69,14 +70,11 @@ async def filter_stream(socket: WebSocket) -> None:
     """The WebSocket: refused with a problem document before it is accepted, with an `error` message after."""
     server: Server = socket.app.state.server
     try:
-        if server.draining:
-            raise ShuttingDown("the server is shutting down")
         model = server.repository.get(socket.path_params["model"], socket.path_params.get("version"))
         lane = server.scheduler.stream_lane(model.key)
     except ElbowError as error:
-        members = problem(error, instance=socket.url.path, request_id="")
         server.metrics.refusals.labels(error.code).inc()
-        await socket.send_denial_response(problem_response(members, None))
+        await socket.send_denial_response(error_response(error, socket.url.path, str(socket.scope.get("request_id", ""))))
         return
     await socket.accept()
     connection = Connection(socket, server, model, lane, key_id_of(socket))

@@ -44,6 +44,7 @@ class Endpoint:
         server = server_of(request)
         arrival = server.clock()
         model = static_model_of(request, self.name)
+        server.scheduler.check_door(model.key)
         raw = await read_body(request, server.limits.max_body_bytes)
 
         def prepare() -> tuple[Any, Job]:
@@ -59,7 +60,10 @@ class Endpoint:
             show = Show(partial(replies.step_event, model, parts=body.parts), lambda result: self.reply(model, result, body))
             frames = await events(request, server, model, job, show=show)
             return StreamingResponse(frames, media_type=EVENT_STREAM, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        return replies.json_response(self.reply(model, await submit(request, server, model, job), body))
+        result = await submit(request, server, model, job)
+        response = replies.json_response(self.reply(model, result, body))
+        server.scheduler.replied(job, result)
+        return response
 
 
 def _encode_reply(model: ServedModel, result: JobResult, body: schemas.EncodeBody) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from service.body import in_worker_if_large
 from service.columns import Column, chosen, parts_of
-from service.deps import Server, key_id_of, server_of
+from service.deps import Server, caller_of, key_id_of, server_of
 from service.errors import InvalidInput
 from service.inflate import IDENTITY, LEAST_BYTES, accepted_encoding, deflate
 from service.oip.metadata import outputs_of
@@ -103,6 +103,7 @@ async def _filter(request: Request, server: Server, model: ServedModel, asked: A
 
     with server.statistics.timed(measured, "compute_input"):
         body, frames = await in_worker_if_large(received.work, prepare)
+    server.charge(caller_of(request), len(frames.x) * (1 + frames.settings["steps"]))
     began = server.clock()
     if name is None:
         portion, after = await _alone(server, model, frames)

@@ -40,6 +40,10 @@ class Lane(Protocol):
 
     def has_work(self) -> bool: ...
 
+    def in_use(self) -> bool:
+        """Whether somebody may still bring it work, even while it retires."""
+        ...
+
     def urgency(self) -> float:
         """The earliest deadline among its work, on the scheduler's clock; inf = none."""
         ...

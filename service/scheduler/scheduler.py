@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class Scheduler:
         tick_s: how long a tick should take at most.
         reply_s: kept free before a deadline, for the way back to the client.
         retry_after_s: least time after which a refused client should come back.
+        max_wait_s: work, in seconds, that may be promised per model before new jobs are refused (load.py).
         lane: what serves a model (benchmarks/schedule.py puts request-level batching in its place).
     """
 
@@ -51,10 +53,11 @@ class Scheduler:
         tick_s: float = 0.002,
         reply_s: float = 0.0005,
         retry_after_s: float = 0.1,
+        max_wait_s: float = math.inf,
         lane: type[StaticLane] = StaticLane,
     ):
         self._clock, self._queue_rows, self._slots, self._tick_s, self._reply_s = clock, queue_rows, slots, tick_s, reply_s
-        self._retry_after_s, self._lane = retry_after_s, lane
+        self._retry_after_s, self._max_wait_s, self._lane = retry_after_s, max_wait_s, lane
         self._streams = streams
         self._lanes: dict[str, StaticLane] = {}
         self._stream_lanes: dict[str, StreamLane] = {}
@@ -66,6 +69,8 @@ class Scheduler:
         self._stopping = False
         self._stop_at = float("inf")
         self._ticks = 0
+        self._held: list[Answer] = []
+        """Answers that will be handed over when the engine next runs for long."""
 
     # Life.
 
@@ -111,7 +116,8 @@ class Scheduler:
             streams = StreamLane(key, engine, self._clock, self._streams, self._wake.set)
             streams.warm_up()
         else:
-            static = self._lane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s)
+            static = self._lane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s, self._max_wait_s)
+            static.hand_over = self._hand_over
             warm_up(engine, static.cost, self._clock, self._slots)
         with self._door:
             for replaced in (self._lanes.pop(key, None), self._stream_lanes.pop(key, None)):
@@ -160,6 +166,20 @@ class Scheduler:
             self.abandon(ticket)
             raise
 
+    def check_door(self, key: str) -> None:
+        """Raises Overloaded or ShuttingDown if any job for `key` would be refused now: asked before its body is read and parsed."""
+        lane = self._lanes.get(key)
+        if self._stopping:
+            raise ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s)
+        if lane is not None:
+            self._refuse_if_full(lane, 1)
+
+    def replied(self, job: Job, result: JobResult) -> None:
+        """The reply is about to leave: how long it took since the scheduler's answer is learned from."""
+        lane = self._lanes.get(job.model)
+        if lane is not None and math.isfinite(result.timing.answered):
+            lane.replied(job, result)
+
     def enqueue(self, job: Job) -> Ticket:
         """`submit` for callers without an event loop: the answer appears as the ticket's `outcome`. Raises as `submit` does at the door."""
         ticket = Ticket(job, self._clock())
@@ -182,6 +202,8 @@ class Scheduler:
             return False
         self._ticks += 1
         lane.last_served = self._ticks
+        if self._held and not _will_step(lane):
+            self._hand_over()
         try:
             lane.tick(self._tick_s)
         except Exception as exc:  # a fault of ours: every waiter still gets an answer, and the other lanes live on
@@ -196,7 +218,7 @@ class Scheduler:
 
     def stats(self) -> dict[str, Counts]:
         """Counts per loaded model, as of now."""
-        return {key: replace(lane.counts) for key, lane in self._lanes.items()}
+        return {key: replace(lane.counts) for key, lane in list(self._lanes.items())}
 
     def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
         """Milliseconds that one run of `program` takes on so many rows (and samples, for programs that take samples).
@@ -224,7 +246,7 @@ class Scheduler:
 
     def stream_stats(self) -> dict[str, tuple[int, StreamCounts]]:
         """Live streams and counts of every loaded filter."""
-        return {key: (lane.live, lane.counts) for key, lane in self._stream_lanes.items()}
+        return {key: (lane.live, lane.counts) for key, lane in list(self._stream_lanes.items())}
 
     # Inside.
 
@@ -240,17 +262,24 @@ class Scheduler:
                 lane = self._lanes.get(job.model)
             if lane is None:
                 raise UnknownModel(f"no model {job.model!r} is loaded")
-            weight, waiting = min(job.rows, self._queue_rows // _LARGEST_SHARE), lane.weight_waiting
-            if waiting + weight > self._queue_rows:
-                raise Overloaded(
-                    f"{waiting} rows wait for {job.model}, {self._queue_rows} may",
-                    retry_after_s=max(self._retry_after_s, lane.backlog_s()),
-                )
+            weight = min(job.rows, self._queue_rows // _LARGEST_SHARE)
+            self._refuse_if_full(lane, weight)
             ticket.weight = weight
+            lane.load.take(ticket.work)
             lane.weight_in += weight
             lane.inbox.append(ticket)
         if not self._wake.is_set():
             self._wake.set()
+
+    def _refuse_if_full(self, lane: StaticLane, weight: int) -> None:
+        waiting, load = lane.weight_waiting, lane.load
+        if waiting + weight > self._queue_rows:
+            why = f"{waiting} rows wait for {lane.key}, {self._queue_rows} may"
+        elif load.over:
+            why = f"{lane.key} has {load.least_s:.1f} s of work to do, {load.max_wait_s:g} s may wait"
+        else:
+            return
+        raise Overloaded(why, retry_after_s=max(self._retry_after_s, load.least_s))
 
     def _loop(self) -> None:
         while True:
@@ -281,22 +310,44 @@ class Scheduler:
         if not any(lane.retiring for lane in self._running):
             return
         with self._door:  # no job can enter a lane between the look and the close
-            over = [lane for lane in self._running if lane.retiring and not lane.has_work()]
+            over = [lane for lane in self._running if lane.retiring and not lane.in_use()]
             self._running = [lane for lane in self._running if lane not in over]
         for lane in over:
             lane.engine.close()
 
     def _settle(self, lane: Lane) -> None:
-        """Hands answers to their event loops: one call per loop, however many jobs were answered."""
+        """Hands over what the lane has answered: at once, or, where a step follows, when that step runs.
+
+        Whoever is told wakes up and takes the interpreter for a while. Beside a step this costs nothing; before it, with rows
+        to admit, the engine thread would stand still. An answer with a deadline waits for nothing.
+        """
+        answers = lane.answered()
+        self._held.extend(answers)
+        if self._held and not (_will_step(lane) and all(_patient(answer) for answer in answers)):
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """One call per event loop, however many jobs were answered."""
+        if not self._held:
+            return
         by_loop: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
-        for answer in lane.answered():
+        for answer in self._held:
             if answer.loop is not None:
                 by_loop.setdefault(answer.loop, []).append(answer)
+        self._held = []
         for loop, answers in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_settle_all, answers)
             except RuntimeError:  # the loop was closed: nobody is left to tell
                 _LOG.debug("an event loop was closed before %d answers reached it", len(answers))
+
+
+def _will_step(lane: Lane) -> bool:
+    return isinstance(lane, StaticLane) and lane.will_step
+
+
+def _patient(answer: Answer) -> bool:
+    return isinstance(answer, Ticket) and answer.deadline == math.inf
 
 
 def _settle_all(answers: list[Answer]) -> None:

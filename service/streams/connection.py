@@ -17,7 +17,7 @@ import orjson
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from service import arrays
-from service.deps import Server
+from service.deps import Server, caller_of
 from service.errors import (
     BackendFailure,
     BodyTooLarge,
@@ -25,6 +25,7 @@ from service.errors import (
     ElbowError,
     InvalidInput,
     Overloaded,
+    QuotaExceeded,
     ShuttingDown,
     TokenRefused,
     WrongMessageKind,
@@ -44,6 +45,7 @@ CLOSE_CODES: dict[type[ElbowError], int] = {
     BodyTooLarge: TOO_BIG,
     BackendFailure: INTERNAL,
     Overloaded: TRY_LATER,
+    QuotaExceeded: TRY_LATER,
     ShuttingDown: RESTART,
 }
 MOST_WAITING = 400
@@ -252,6 +254,7 @@ class Connection:
     def _hand_in(self, x: Any, mask: Any) -> None:
         opened = self._must_be_open()
         assert self._stream is not None
+        self._server.charge(caller_of(self._socket), len(x) * (1 + self._stream.spec.steps))
         every, before = opened.settings["token_every"], self._accepted
         due = bool(every) and (before + len(x)) // every > before // every
         self._feed(_About("results", *self._place(with_audio=due)), x, mask, wants_state=due)
@@ -309,11 +312,14 @@ class Connection:
         self._lag_max, self._lag_sum = max(self._lag_max, lag_ms), self._lag_sum + lag_ms * len(portion.x)
         self._server.metrics.stream_lag.observe(lag_ms / 1e3)
         assert self._stream is not None
+        results = self._shaper.results(portion, self._stream.spec)
+        if (surprise := results[0]["surprise_quantile"]) is not None:
+            self._server.metrics.of_model(self._model.name, self._model.version).elbo_quantile.observe(1 - surprise)
         self._send(
             {
                 "type": "results",
                 "first_frame": portion.first_frame,
-                "results": self._shaper.results(portion, self._stream.spec),
+                "results": results,
                 "samples": about.samples,
                 "lag_ms": round(lag_ms, 3),
             }

@@ -71,6 +71,12 @@ class FakeScheduler:
     def add_model(self, key: str, engine: Any) -> None:
         self.cards[key] = engine.card
 
+    def check_door(self, key: str) -> None:
+        pass
+
+    def replied(self, job: Job, result: JobResult) -> None:
+        pass
+
     def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
         return {"init": 1.0, "step": 0.25, "score": 0.5}[program] * rows
 
@@ -162,10 +168,10 @@ def make_card() -> Callable[..., Card]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Service]]:
-    """serve(card, …): the application with these models behind the fake scheduler."""
+    """serve(card, …): the application with these models behind the fake scheduler; options go to `Server` (keys, …)."""
     with asyncio.Runner() as runner:
 
-        def start(*cards: Card, limits: Limits = LIMITS) -> Service:
+        def start(*cards: Card, limits: Limits = LIMITS, **options: Any) -> Service:
             scheduler, metrics = FakeScheduler(), Metrics()
             repository = Repository(scheduler, lambda artifact: pytest.fail("nothing to build"))
             for one in cards:
@@ -176,7 +182,7 @@ def serve() -> Iterator[Callable[..., Service]]:
                 yield
 
             app = assemble(metrics, lifespan)
-            app.state.server = Server(scheduler, repository, limits, metrics)
+            app.state.server = Server(scheduler, repository, limits, metrics, **options)
             return Service(runner, app, scheduler)
 
         yield start

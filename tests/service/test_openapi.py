@@ -48,6 +48,6 @@ def test_the_examples_are_accepted_by_the_service(service, document):
 
 def test_error_bodies_are_described(document):
     responses = document["paths"]["/v1/models/digits/encode"]["post"]["responses"]
-    assert {"200", "400", "404", "408", "413", "415", "422", "429", "500", "503", "504"} == responses.keys()
+    assert {"200", "400", "401", "403", "404", "408", "413", "415", "422", "429", "431", "500", "503", "504"} == responses.keys()
     assert responses["422"]["content"].keys() == {"application/problem+json"}
     assert "overloaded" in document["components"]["schemas"]["Problem"]["properties"]["code"]["enum"]

@@ -18,6 +18,7 @@ from training.config import OptimiserConfig, RefinementConfig
 from training.run_loop import TrainingFailed, fabric_for
 from training.sequence_config import SequenceDataConfig, SequenceRunConfig
 from training.sequence_loop import SequenceTrainer
+from training.sequence_step import Chunk
 from training.sequence_update import SequenceGradients
 
 ROLLS = f"rolls:{Path(__file__).parents[1] / 'data' / 'chorales_sample.npz'}"
@@ -38,6 +39,7 @@ RUN = SequenceRunConfig(
 )
 RUNS = {
     "avf, crops": RUN,
+    "avf, one step first": replace(RUN, one_step_share=0.5),
     "avf, carried": replace(RUN, data=replace(RUN.data, order="carried")),
     "own, carried": replace(RUN, architecture=OWN, refinement=RefinementConfig(steps=0), data=replace(RUN.data, order="carried")),
     "own, whole": replace(RUN, architecture=OWN, refinement=RefinementConfig(steps=0), data=replace(RUN.data, order="whole")),
@@ -82,6 +84,25 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(name: str, tmp_path: 
     trainer(run, tmp_path / "killed").fit()
     assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
     assert [line["valid_elbo"] for line in log(tmp_path / "killed")] == [line["valid_elbo"] for line in log(tmp_path / "straight")]
+
+
+def test_frames_get_one_step_first_and_more_of_them_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the run is the one-step run, update by update; then the steps rise to K."""
+    made: list[int] = []
+    plain = SequenceGradients.__call__
+
+    def noted(self: SequenceGradients, chunk: Chunk, kl_weight: float) -> Any:
+        made.append(chunk.noise.shape[1] - 1)
+        return plain(self, chunk, kl_weight)
+
+    monkeypatch.setattr(SequenceGradients, "__call__", noted)
+    trainer(replace(RUN, refinement=RefinementConfig(steps=5), one_step_share=0.5), tmp_path / "rising").fit()
+    per_epoch = len(made) // RUN.epochs
+    assert made == [k for k in (1, 1, 1, 2, 4, 5) for _ in range(per_epoch)]
+    trainer(replace(RUN, refinement=RefinementConfig(steps=1)), tmp_path / "one").fit()
+    rising, one = log(tmp_path / "rising"), log(tmp_path / "one")
+    assert [line["train_elbo"][:2] for line in rising[:3]] == [line["train_elbo"] for line in one[:3]]
+    assert [line["train_elbo"][1:] for line in rising[:3]] == [[line["train_elbo"][1]] * 5 for line in one[:3]]
 
 
 def test_it_learns_and_keeps_the_best(tmp_path: Path) -> None:

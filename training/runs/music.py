@@ -18,6 +18,7 @@ OWN = OwnFilterArchitecture(hidden=(500,), residual=True)
 NET = IterativeArchitecture(encodings=("x", "q_layer_norm", "grad_layer_norm"), hidden=(320, 320), highway=True)
 SETS = {"jsb": "jsb", "nottingham": "nottingham", "musedata": "musedata", "piano-midi": "piano_midi"}
 STEPS = (1, 5)
+ONE_STEP_SHARE = 0.5
 
 
 def own(data: str) -> SequenceRunConfig:
@@ -36,13 +37,14 @@ def own(data: str) -> SequenceRunConfig:
 
 
 def avf(data: str, steps: int) -> SequenceRunConfig:
-    """The same model with one learned refiner, `steps` times a frame."""
+    """The same model with one learned refiner, in the end `steps` times a frame."""
     run = own(data)
     return replace(
         run,
         name=f"{data}-avf{steps}",
         architecture=replace(run.architecture, inference=NET),
         refinement=RefinementConfig(steps=steps),
+        one_step_share=0.0 if steps == 1 else ONE_STEP_SHARE,
     )
 
 

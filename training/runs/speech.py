@@ -35,13 +35,14 @@ def own() -> SequenceRunConfig:
 
 
 def avf(steps: int) -> SequenceRunConfig:
-    """The same model with one learned refiner that also reads the frame."""
+    """The same model with one learned refiner that also reads the frame, in the end `steps` times."""
     run = own()
     return replace(
         run,
         name=f"speech-avf{steps}",
         architecture=replace(run.architecture, inference=NET),
         refinement=RefinementConfig(steps=steps),
+        one_step_share=0.0 if steps == 1 else 0.5,
     )
 
 

@@ -1,0 +1,77 @@
+"""The process: uvicorn around the application, with guarded connections, TLS, and a way out in bounded time.
+
+    SIGTERM ─► unready at once, replies end their connections ─► drain_delay_s, still serving ─► nothing new: 503 ─►
+    streams get their tokens, requests their answers, within drain_s ─► connections closed ─► exit
+
+A second signal cuts every wait short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from service.connections import Patience, guarded
+from service.deps import Server
+from service.settings import Settings
+from service.telemetry import LOG, Metrics
+
+REPLY_S = 2
+"""After the scheduler has stopped, for the last replies to leave."""
+LOOK_S = 0.05
+
+
+class DrainingServer(uvicorn.Server):
+    """At SIGTERM the application leaves in order: nobody is left unanswered, and it takes no longer than it was told to."""
+
+    def __init__(self, config: uvicorn.Config, app: Any, settings: Settings):
+        super().__init__(config)
+        self._app, self._settings = app, settings
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        server: Server = self._app.state.server
+        server.draining = True
+        LOG.info("draining", extra={"delay_s": self._settings.drain_delay_s, "drain_s": self._settings.drain_s})
+        await self._sleep(self._settings.drain_delay_s)
+        server.refusing = True
+        await server.hand_over_streams()
+        await server.stop(self._settings.drain_s)  # the listeners stay open: who comes late is told so
+        await super().shutdown(sockets)
+
+    async def _sleep(self, seconds: float) -> None:
+        until = asyncio.get_running_loop().time() + seconds
+        counter = 0
+        while (left := until - asyncio.get_running_loop().time()) > 0 and not self.force_exit:
+            counter += 1
+            await self.on_tick(counter)  # keeps the Date header right
+            await asyncio.sleep(min(left, 2 * LOOK_S))
+
+
+def serve(app: ASGIApp, settings: Settings, metrics: Metrics) -> bool:
+    """Serves until SIGTERM or Ctrl-C; False when it could not start."""
+    patience = Patience(settings.head_s, settings.send_s, settings.max_head_bytes, settings.max_connections)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="auto",  # uvloop where it is installed
+        http=guarded(patience, metrics),
+        ws="websockets-sansio",
+        ws_max_size=settings.max_message_bytes,
+        ws_per_message_deflate=False,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        ssl_certfile=settings.tls_cert_file,
+        ssl_keyfile=settings.tls_key_file,
+        timeout_keep_alive=math.ceil(settings.keep_alive_s),
+        timeout_graceful_shutdown=REPLY_S,
+    )
+    server = DrainingServer(config, app, settings)
+    server.run()
+    return server.started
