@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
     parser.add_argument("--frame-rate", type=float, default=80.0, help="frames a second of one stream")
-    parser.add_argument("--keep", default="gpu", help="results/<KEEP>.json")
+    parser.add_argument("--keep", default="gpu", help="results/<KEEP>.json; nothing: not kept")
     args = parser.parse_args()
     device = torch.device(args.device)
     bench = Bench(device, args.seconds)
@@ -61,7 +61,8 @@ def main() -> None:
         print(f"\n{title}")
         print(table(list(rows[0]), [list(row.values()) for row in rows]))
     results = {"device": machine, "bandwidth_gbs": bandwidth / 1e9, "steps": steps, "frames": frames, "requests": requests}
-    print(f"\nkept in {keep(args.keep, results)}")
+    if args.keep:
+        print(f"\nkept in {keep(args.keep, results)}")
 
 
 class Bench:

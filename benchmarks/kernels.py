@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--artifacts", type=Path, default=ROOT / "checkpoints")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 64, 256))
     parser.add_argument("--seconds", type=float, default=2.0, help="for each batch")
-    parser.add_argument("--keep", default="kernels", help="results/<KEEP>.json")
+    parser.add_argument("--keep", default="kernels", help="results/<KEEP>.json; nothing: not kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     device, path = torch.device(args.device), args.artifacts / "mnist-iterative" / "1"
@@ -71,7 +71,8 @@ def main() -> None:
         print(f"not available: {name}: {why}")
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     results = {"artifact": artifact_name(path), "device": str(device), "not_available": unavailable, "steps": rows}
-    print(f"kept in {keep(args.keep, results)}")
+    if args.keep:
+        print(f"kept in {keep(args.keep, results)}")
 
 
 def contenders(artifact: Artifact, device: torch.device) -> tuple[dict[str, Step], dict[str, str]]:

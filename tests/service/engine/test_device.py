@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from models.artifact import ArtifactError
+from service.app import build_engine
 from service.engine.memory import LEAST_SLOTS, DeviceMemory
 from service.noise import Purpose, words
 from service.scheduler.job import Ask, JobResult
 from service.scheduler.noise_ahead import keys
 from service.scheduler.scheduler import Scheduler
+from service.settings import Settings
 from tests.service.scheduler.support import Clock, job, run
 
 torch = pytest.importorskip("torch")
@@ -199,6 +201,17 @@ def test_a_spent_budget_is_refused_in_words(artifact, device):
 def test_a_device_that_is_not_there_is_refused_in_words(artifact):
     with pytest.raises(ArtifactError, match="finds no CUDA device here: set it to cpu"):
         TorchScriptDeviceEngine(artifact, "cuda")
+
+
+def test_a_device_runs_torchscript_only(artifact):
+    with pytest.raises(ArtifactError, match="ELBOW_DEVICE=cuda:1 needs TorchScript: set ELBOW_ENGINE to auto or torchscript"):
+        build_engine(artifact, "onnx", 1, "cuda:1")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:x", "CPU"])
+def test_a_device_that_is_none_is_refused_by_the_settings(name):
+    with pytest.raises(ValueError, match="device"):
+        Settings(device=name)
 
 
 def test_arrays_that_a_program_makes_are_made_on_the_device(artifact):
