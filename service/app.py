@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -27,8 +28,8 @@ from service.jobs import Limits
 from service.keys import KeyRing
 from service.middleware import RequestMiddleware
 from service.openapi import describe_api
-from service.repository import Repository, card_sha256
-from service.routes import filters, health, infer, models, oip, tokens
+from service.repository import Repository, card_sha256, follow
+from service.routes import admin, filters, health, infer, models, oip, tokens
 from service.scheduler.scheduler import Scheduler
 from service.settings import Settings
 from service.streams.tokens import Tokens
@@ -57,11 +58,10 @@ def create_app(settings: Settings) -> FastAPI:
         scheduler = Scheduler(queue_rows=settings.queue_rows, max_wait_s=settings.max_wait_s, streams=settings.max_streams)
         memory = DeviceMemory(settings.device_memory_mb * 2**20 or None)
         build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads, device=settings.device, memory=memory)
-        repository = Repository(scheduler, build, _signer(settings))
+        repository = Repository(scheduler, build, _signer(settings), metrics=metrics, keep_s=settings.token_ttl_s, grace_s=settings.drain_s)
         repository.load_all(settings.repository)
         if settings.closed_form:
             _add_closed_form(repository)
-        metrics.models_loaded.set(len(repository.all()))
         secret = _token_secret(settings)
         server = app.state.server = Server(
             scheduler,
@@ -75,9 +75,11 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.watch(scheduler.stats)
         metrics.watch_streams(scheduler.stream_stats)
         scheduler.start()
+        following = asyncio.create_task(follow(repository, settings.watch_s))
         try:
             yield
         finally:
+            following.cancel()
             await server.stop(settings.drain_s)
 
     return assemble(metrics, lifespan, body_s=settings.body_s, origins=settings.allowed_origins)
@@ -87,7 +89,7 @@ def assemble(metrics: Metrics, lifespan: Any, *, body_s: float = 10.0, origins: 
     """Routes, middleware and error handlers around a lifespan that sets `app.state.server`."""
     app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     # matched in order: the busiest first
-    app.router.routes[:0] = [*infer.ROUTES, *oip.ROUTES, *filters.ROUTES, *models.ROUTES, *tokens.ROUTES, *health.ROUTES]
+    app.router.routes[:0] = [*infer.ROUTES, *oip.ROUTES, *filters.ROUTES, *models.ROUTES, *tokens.ROUTES, *health.ROUTES, *admin.ROUTES]
     endpoints = {endpoint.name: endpoint for endpoint in infer.ENDPOINTS}
     app.add_middleware(DirectRoutes, endpoints=endpoints, handlers=app.exception_handlers)
     app.add_middleware(AccessMiddleware, body_s=body_s, origins=frozenset(origins))

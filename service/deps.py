@@ -112,6 +112,12 @@ class Server:
             self._shapers[model.sha256] = Shaper(model.card)
         return self._shapers[model.sha256]
 
+    def issuer(self, model: ServedModel, state: str | None) -> ServedModel:
+        """The version of `model` that issued the token `state`, where it is still loaded; else `model`, which will refuse it."""
+        if state is None:
+            return model
+        return self.repository.issued_by(model.name, self.tokens.issuer(state)) or model
+
     def charge(self, caller: Caller, work: float) -> None:
         """Takes `work` row-steps off the caller's quota.
 

@@ -3,6 +3,7 @@
     ElbowError                   anything this service refuses or fails at, on purpose and with a message
     ├── InvalidInput        422  JSON that does not fit: `errors` names the fields (on /v2: 400, as for the next)
     ├── TokenRefused        422  a state token that is altered, expired, or another model's or caller's
+    ├── ArtifactRefused     422  an artifact that was to be loaded cannot be served
     ├── MalformedBody       400  not JSON
     ├── Unauthorized        401  no API key, or one that is not known
     ├── Forbidden           403  a key that does not open this
@@ -65,6 +66,10 @@ class InvalidInput(ElbowError):
 
 class TokenRefused(ElbowError):
     code = "token_refused"
+
+
+class ArtifactRefused(ElbowError):
+    code = "artifact_refused"
 
 
 class MalformedBody(ElbowError):
@@ -134,6 +139,7 @@ class BackendFailure(ElbowError):
 STATUS: dict[type[ElbowError], int] = {
     InvalidInput: 422,
     TokenRefused: 422,
+    ArtifactRefused: 422,
     MalformedBody: 400,
     Unauthorized: 401,
     Forbidden: 403,

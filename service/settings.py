@@ -22,6 +22,7 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535)
     repository: Path = Field(default=Path("artifacts"), description="folder of <name>/<version>/ artifacts")
+    watch_s: float = Field(default=0.0, ge=0, description="seconds between looks into the repository for new versions; 0: on request only")
     closed_form: bool = Field(default=False, description="also serve the exact conjugate-Gaussian stand-in, for demos and load runs")
     engine: Literal["auto", "onnx", "torchscript"] = Field(default="auto", description="auto: onnxruntime where installed, else torch")
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N; a GPU runs TorchScript")

@@ -27,15 +27,18 @@ async def filter_frames(request: Request) -> Response:
     server = server_of(request)
     began = server.clock()
     model = model_of(request, "filter")
-    lane = server.scheduler.stream_lane(model.key)
+    server.scheduler.stream_lane(model.key)  # refuses a static model before its body is read
     raw = await read_body(request, server.limits.max_body_bytes)
     key_id = key_id_of(request)
 
-    def prepare() -> Frames:
-        return read_frames(read_body_fields(FilterBody, parse_object(raw)), model, server.tokens, key_id, server.limits.max_rows)
+    def prepare() -> tuple[ServedModel, Frames]:
+        body = read_body_fields(FilterBody, parse_object(raw))
+        chosen = model if "version" in request.path_params else server.issuer(model, body.state)
+        return chosen, read_frames(body, chosen, server.tokens, key_id, server.limits.max_rows)
 
-    frames = await in_worker_if_large(len(raw), prepare)
+    model, frames = await in_worker_if_large(len(raw), prepare)
     server.charge(caller_of(request), len(frames.x) * (1 + frames.settings["steps"]))
+    lane = server.scheduler.stream_lane(model.key)
     done: asyncio.Future[Portion] = asyncio.get_running_loop().create_future()
     stream = Stream(spec_of(frames.settings, 0.0, frames.snapshot), settle(done), asyncio.get_running_loop())
     lane.open(stream)

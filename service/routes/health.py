@@ -42,7 +42,9 @@ async def ready(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     request.scope["call"].endpoint = "metrics"
-    return Response(server_of(request).metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE})
+    server = server_of(request)
+    server.metrics.ready.set(bool(server.repository.all()) and not server.draining)
+    return Response(server.metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
 
 async def front_page(request: Request) -> Response:

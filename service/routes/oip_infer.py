@@ -95,14 +95,15 @@ async def _filter(request: Request, server: Server, model: ServedModel, asked: A
             sequence = server.sequences.find(name)
             model = sequence.model
 
-    def prepare() -> tuple[FilterBody, Frames]:
+    def prepare() -> tuple[ServedModel, FilterBody, Frames]:
         fields = asked.method.body(asked.inference.inputs, asked.parameters, model.card) | {"return": parts_of(columns)}
         with spoken_as_tensors():
             body = read_body_fields(FilterBody, fields)
-            return body, read_frames(body, model, server.tokens, key_id, server.limits.max_rows)
+            chosen = model if "version" in request.path_params or sequence is not None else server.issuer(model, body.state)
+            return chosen, body, read_frames(body, chosen, server.tokens, key_id, server.limits.max_rows)
 
     with server.statistics.timed(measured, "compute_input"):
-        body, frames = await in_worker_if_large(received.work, prepare)
+        model, body, frames = await in_worker_if_large(received.work, prepare)
     server.charge(caller_of(request), len(frames.x) * (1 + frames.settings["steps"]))
     began = server.clock()
     if name is None:

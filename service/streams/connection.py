@@ -126,6 +126,9 @@ class Connection:
 
     async def _open(self) -> None:
         given = from_query(self._socket.query_params) if self._socket.query_params else self._parse(await self._receive())
+        if "version" not in self._socket.path_params and isinstance(given.get("state"), str):
+            self._model = self._server.issuer(self._model, given["state"])
+            self._lane, self._shaper = self._server.scheduler.stream_lane(self._model.key), self._server.shaper(self._model)
         opened = open_with(given, self._model, self._server.tokens, self._key_id)
         stream = Stream(opened.spec, self._done, self._loop)
         self._lane.open(stream)

@@ -115,6 +115,18 @@ class Tokens:
         }
         return Snapshot(header["settings"], header["frame"], header["samples"], header["summary"], parts["state"], parts["audio"])
 
+    def issuer(self, token: str) -> str | None:
+        """The hash of the artifact that `token` belongs to; None if it is no token of ours, as `read` will say."""
+        payload, _, signature = token.rpartition(".")
+        if len(token) > self._max_bytes or not hmac.compare_digest(_bytes(signature), self._signature(payload)):
+            return None
+        try:
+            raw = _inflated(_bytes(payload.removeprefix(f"{PREFIX}.")), 8 * self._max_bytes)
+            (length,) = struct.unpack_from("<I", raw)
+            return str(json.loads(raw[4 : 4 + length])["artifact"])
+        except (struct.error, ValueError, KeyError, zlib.error):
+            return None
+
     def _signature(self, payload: str) -> bytes:
         return hmac.new(self._secret, payload.encode("utf-8", "replace"), hashlib.sha256).digest()
 

@@ -83,6 +83,12 @@ def write_wav(file: Path, samples: NDArray[np.int16], rate: int = RATE) -> Path:
     return file
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class ServerProcess:
     """`elbow-serve run` on a port of its own; may be killed and started again."""
 
@@ -125,10 +131,7 @@ def start_server(repository: Path) -> Iterator[Callable[..., ServerProcess]]:
     servers: list[ServerProcess] = []
 
     def start(**environment: str) -> ServerProcess:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        servers.append(ServerProcess(repository, port, **environment))
+        servers.append(ServerProcess(repository, free_port(), **environment))
         return servers[-1]
 
     yield start
