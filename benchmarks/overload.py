@@ -102,7 +102,10 @@ def main() -> None:
     with server() as (port, pid):
         results = asyncio.run(measure(port, pid, args.seconds, args.last))
     full = float(np.mean([one["full_per_s"] for one in results["capacity"]]))
-    rows = [["capacity", "closed", one["full_per_s"], one["steps_per_s"], 1.0, 0, 0, one["p50_ms"], one["p99_ms"]] for one in results["capacity"]]
+    rows = [
+        ["capacity", "closed", one["full_per_s"], one["steps_per_s"], 1.0, 0, 0, one["p50_ms"], one["p99_ms"]]
+        for one in results["capacity"]
+    ]
     for kind, loads in results["loads"].items():
         for one in loads:
             one["of_capacity"] = (one["full_per_s"] if kind == "exact" else one["steps_per_s"] / STEPS) / full

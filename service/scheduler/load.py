@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-KEPT = 0.25
+KEPT = 0.375
 """An elastic row is left this share of its steps, whatever the load: below it, what a row costs besides its steps would eat the gain."""
 _SHARE = 4
 
@@ -31,7 +31,7 @@ class Load:
     each sum is two counters with one writer each."""
 
     def __init__(self, max_wait_s: float):
-        self.max_wait_s = max_wait_s
+        self.max_wait_s, self.comfortable_s = max_wait_s, max_wait_s / _SHARE
         self._taken = [0.0, 0.0]
         self._given_back = [0.0, 0.0]
 
@@ -39,8 +39,7 @@ class Load:
         """`step_s`: of one step of one row in a full batch; `row_s`: what else a row costs."""
         full = rows * (steps * step_s + row_s)
         least = rows * (kept_steps(steps) * step_s + row_s) if elastic else full
-        most = self.max_wait_s / _SHARE
-        return Work(min(full, most), min(least, most))
+        return Work(min(full, self.comfortable_s), min(least, self.comfortable_s))
 
     def take(self, work: Work) -> None:
         self._taken[0] += work.full
@@ -65,8 +64,7 @@ class Load:
 
     def share(self) -> float:
         """The share of its steps that an elastic row may take now."""
-        comfortable = self.max_wait_s / _SHARE
-        return 1.0 if self.full_s <= comfortable else max(KEPT, comfortable / self.full_s)
+        return 1.0 if self.full_s <= self.comfortable_s else max(KEPT, self.comfortable_s / self.full_s)
 
 
 def kept_steps(steps: int) -> int:

@@ -35,6 +35,8 @@ from service.scheduler.rows import CODE, REASONS, RowTable
 
 TOLERANCE_SAMPLES = 8
 """The gain of a late step, measured with fewer samples, drowns in noise (architecture.md, section 2)."""
+_GATHERED_TICKS = 8
+"""Under load, rows are admitted and leave together, once in so many ticks (some 30 ms, where a reply takes a second)."""
 
 
 @dataclass
@@ -92,6 +94,7 @@ class StaticLane:
         self._shapes = {"x": card.x.shape, "mask": card.x.shape, **{tensor.name: tensor.shape[1:] for tensor in card.carry}}
         self._init_has_noise = any(tensor.name.startswith("noise") for tensor in card.programs["init"].inputs)
         self._overhead_s = 0.0
+        self._gathering, self._parked = False, self._rows.active
         self.reserve, self.load = Reserve(self.reply_s), Load(self.max_wait_s)
 
     # At the door, from any thread.
@@ -133,7 +136,7 @@ class StaticLane:
         return self.load.work(ticket.rows, steps, ticket.job.budget.elastic, step_s, row_s / at_once + stages / max(1, ticket.rows))
 
     def replied(self, job: Job, result: JobResult) -> None:
-        """The reply to a job is about to leave: what it took teaches how much of the next deadline to keep free. From the reply's thread."""
+        """The reply to a job is about to leave: what it took is learned from. Called where replies are made."""
         now = self.clock()
         self.reserve.observe(now - result.timing.answered)
         if job.budget.deadline is not None and StopReason.DEADLINE in result.stop_reason:
@@ -196,6 +199,7 @@ class StaticLane:
         if self.someone_left:
             self._forget_abandoned()
         self._refuse_late(started)
+        self._gathering = self._gathers()
         self._admit(budget_s)
         self._yield_to_waiting()
         self._refine(budget_s)
@@ -230,7 +234,7 @@ class StaticLane:
 
     def _admit(self, budget_s: float) -> None:
         free = len(self._rows.free)
-        if not self._line or not free:
+        if not self._line or not free or (self._gathering and self._line.earliest_deadline() == math.inf):
             return
         most = self.cost.largest("init", budget_s / 2, free)
         taken = self._line.take(most, min(self.slots // 8, max(0, most - 1)))
@@ -324,6 +328,9 @@ class StaticLane:
 
     def _refine(self, budget_s: float) -> None:
         rows = self._rows
+        if len(self._parked) and not self._gathering:
+            parked, self._parked = self._parked, self._parked[:0]
+            self._conclude(parked)
         if not len(rows.active):
             return
         self._stop_late()
@@ -332,6 +339,13 @@ class StaticLane:
         stepping = chosen[rows.target[chosen] > rows.done[chosen]]
         if len(stepping) and not self._step(stepping):
             chosen = self._alive(chosen)
+        if self._gathering:
+            chosen = self._park(chosen)
+        self._conclude(chosen)
+
+    def _conclude(self, chosen: Slots) -> None:
+        """Measures those of the rows that need a value now; those that are done leave refinement."""
+        rows = self._rows
         ended = rows.target[chosen] <= rows.done[chosen]
         due = rows.measured[chosen] != rows.done[chosen]
         due &= rows.every[chosen] | (ended & rows.measure[chosen])
@@ -341,6 +355,24 @@ class StaticLane:
         over = chosen[rows.target[chosen] <= rows.done[chosen]]
         if len(over):
             self._leave_refinement(over)
+
+    def _gathers(self) -> bool:
+        """Whether newcomers, and rows that only need to be measured, wait for others to share the cost of a batch: under load, where
+        what a lone row costs besides its steps (init, score, noise) would be taken from everybody's steps. Deadlines never wait.
+        """
+        busy = self.load.full_s > self.load.comfortable_s and not self.draining and len(self._rows.active) > 0
+        return busy and self.counts.ticks % _GATHERED_TICKS != 0
+
+    def _park(self, chosen: Slots) -> Slots:
+        """Takes rows that are done, and can wait, out of the ticks to come; returns the others."""
+        rows = self._rows
+        waiting = (rows.target[chosen] <= rows.done[chosen]) & (rows.deadline[chosen] == math.inf) & ~rows.every[chosen]
+        if not np.any(waiting):
+            return chosen
+        parked = chosen[waiting]
+        rows.deactivate(parked)
+        self._parked = np.concatenate([self._parked, parked])
+        return chosen[~waiting]
 
     def _alive(self, slots: Slots) -> Slots:
         """Those of the slots that still hold a row: jobs may have ended since they were chosen."""
@@ -612,6 +644,7 @@ class StaticLane:
             self._rows.deactivate(np.array(over, np.intp))
             self._rows.release(over)
             self._best.forget(over)
+            self._parked = self._parked[~np.isin(self._parked, over)]
         self._line.forget_answered()
         self._stages.forget_answered()
 
