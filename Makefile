@@ -12,7 +12,7 @@ ELBOW_PORT ?= 8000
 export ELBOW_PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all test-gpu bench-gpu check bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -26,6 +26,19 @@ test: $(VENV)/.dev  ## all tests but those marked slow, gpu, docker or ray; noth
 
 test-all: $(VENV)/.dev  ## every test; those whose machinery is missing are skipped and say why
 	$(BIN)/python -m pytest -m ""
+
+# On a GPU machine PYTHON is used as it is (its torch knows its driver), and nothing is installed.
+GPU_ARTIFACTS := runs/gpu-artifacts
+
+$(GPU_ARTIFACTS):
+	$(PYTHON) -m training retrace checkpoints/*/1 --to $@.partial && mv $@.partial $@
+
+test-gpu: $(GPU_ARTIFACTS)  ## the tests marked gpu, with PYTHON's own torch
+	$(PYTHON) -m pytest -m gpu tests/service/engine tests/service/streams/test_device_lane.py tests/gpu
+
+bench-gpu: $(GPU_ARTIFACTS)  ## benchmarks/gpu.py and kernels.py on cuda, with PYTHON's own torch
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --device cuda --artifacts $(GPU_ARTIFACTS)
+	PYTHONPATH=. $(PYTHON) benchmarks/kernels.py --device cuda --artifacts $(GPU_ARTIFACTS)
 
 check: $(VENV)/.dev  ## lint and strict types
 	$(BIN)/ruff check .

@@ -17,10 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from _timing import time_in_turn
-from onnx import TensorProto, helper, numpy_helper
 
 from models.catalogue import LatentModel
 
@@ -87,6 +85,9 @@ def measure_floor(products: Sequence[Product], threads: int, seconds: float) -> 
 
 
 def _in_onnxruntime(products: Sequence[Product], threads: int) -> Call:
+    import onnxruntime as ort
+    from onnx import TensorProto, helper, numpy_helper
+
     nodes, inputs, outputs, weights = [], [], [], []
     for i, p in enumerate(products):
         inputs.append(helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, [p.rows, p.inputs]))

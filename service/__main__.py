@@ -20,6 +20,9 @@ from service.engine.parity import verify_parity
 BATCHES = (1, 8, 64)
 WARM_UP_CALLS = 5
 BENCH_SECONDS = 0.5
+SWITCH_INTERVAL_S = 2e-5
+"""After each run of the engine its thread asks for the interpreter back. With Python's 5 ms it waits for the event loop to pause;
+with this it waits for one request at most (docs/decisions/surface.md has what that is worth)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +47,7 @@ def run() -> int:
 
     settings = read_settings()
     configure_logging(settings.log_level)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     app = create_app(settings)
     return 0 if serve(app, settings, app.state.metrics) else 1
 

@@ -20,7 +20,9 @@ from models.artifact import Artifact, ArtifactError, Signer
 from service.access import AccessMiddleware
 from service.browser_tokens import BrowserTokens
 from service.deps import Server
+from service.direct import DirectRoutes
 from service.engine.base import Engine
+from service.engine.memory import DeviceMemory
 from service.errors import ElbowError, handle_elbow_error, handle_http_exception
 from service.jobs import Limits
 from service.keys import KeyRing
@@ -53,8 +55,9 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        scheduler = Scheduler(queue_rows=settings.queue_rows, streams=settings.max_streams)
-        build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads)
+        scheduler = Scheduler(queue_rows=settings.queue_rows, max_wait_s=settings.max_wait_s, streams=settings.max_streams)
+        memory = DeviceMemory(settings.device_memory_mb * 2**20 or None)
+        build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads, device=settings.device, memory=memory)
         repository = Repository(scheduler, build, _signer(settings), metrics=metrics, keep_s=settings.token_ttl_s, grace_s=settings.drain_s)
         repository.load_all(settings.repository)
         if settings.closed_form:
@@ -87,6 +90,8 @@ def assemble(metrics: Metrics, lifespan: Any, *, body_s: float = 10.0, origins: 
     app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     # matched in order: the busiest first
     app.router.routes[:0] = [*infer.ROUTES, *oip.ROUTES, *filters.ROUTES, *models.ROUTES, *tokens.ROUTES, *health.ROUTES, *admin.ROUTES]
+    endpoints = {endpoint.name: endpoint for endpoint in infer.ENDPOINTS}
+    app.add_middleware(DirectRoutes, endpoints=endpoints, handlers=app.exception_handlers)
     app.add_middleware(AccessMiddleware, body_s=body_s, origins=frozenset(origins))
     app.add_middleware(RequestMiddleware, metrics=metrics)
     if origins:
@@ -136,12 +141,18 @@ def _installed(library: str) -> bool:
         return False
 
 
-def build_engine(artifact: Artifact, engine: str, threads: int) -> Engine:
-    """`engine` is "onnx", "torchscript", or "auto": the first of the two that is installed.
+def build_engine(artifact: Artifact, engine: str, threads: int, device: str = "cpu", memory: DeviceMemory | None = None) -> Engine:
+    """`engine` is "onnx", "torchscript", or "auto": the first of the two that is installed, and on a GPU TorchScript.
 
     Raises:
         ArtifactError: no engine is installed, or the artifact does not run on it as it should.
     """
+    if device != "cpu":
+        if engine == "onnx" or not _installed("torch"):
+            raise ArtifactError(f"ELBOW_DEVICE={device} needs TorchScript: set ELBOW_ENGINE to auto or torchscript, and install torch")
+        from service.engine.torchscript_device import TorchScriptDeviceEngine
+
+        return TorchScriptDeviceEngine(artifact, device, memory, threads=threads)
     if engine == "auto":
         engine = next(iter(available_engines()), "none")
     if engine == "onnx":

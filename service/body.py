@@ -94,13 +94,14 @@ def describe(value: object) -> str:
 
 
 def _check_headers(request: Request, limit: int) -> None:
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    headers = _headers(request)
+    content_type = headers.get(b"content-type", b"application/json").decode("latin-1").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise UnsupportedMedia(f"content type {content_type!r} is not read here: send Content-Type: application/json")
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
     if encoding != "identity":
         raise UnsupportedMedia(f"content encoding {encoding!r} is not read here: send the body uncompressed")
-    check_announced(request, limit)
+    _check_length(headers.get(b"content-length", b"0"), limit)
 
 
 def check_announced(request: Request, limit: int) -> None:
@@ -109,7 +110,15 @@ def check_announced(request: Request, limit: int) -> None:
     Raises:
         BodyTooLarge: it announces more than `limit` bytes.
     """
-    announced = request.headers.get("content-length", "0")
+    _check_length(_headers(request).get(b"content-length", b"0"), limit)
+
+
+def _headers(request: Request) -> dict[bytes, bytes]:
+    """All headers as they came, the first of each name: one pass, where Starlette's mapping takes one per look."""
+    return dict(reversed(request.scope["headers"]))
+
+
+def _check_length(announced: bytes, limit: int) -> None:
     if announced.isdigit() and int(announced) > limit:
         raise BodyTooLarge(too_large(limit))
 

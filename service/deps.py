@@ -34,6 +34,14 @@ class Scheduling(Protocol):
         """The job's result; cancelling the call frees its rows at the next tick. Raises ElbowError."""
         ...
 
+    def check_door(self, key: str) -> None:
+        """Raises Overloaded or ShuttingDown if any job for this model would be refused now."""
+        ...
+
+    def replied(self, job: Job, result: JobResult) -> None:
+        """The reply to a job is about to leave."""
+        ...
+
     async def stop(self, grace_s: float) -> None:
         """Refuses new jobs, finishes what it can in time, answers the rest with ShuttingDown."""
         ...

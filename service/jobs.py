@@ -145,7 +145,8 @@ def with_events(job: Job, on_step: Callable[[StepEvent], None]) -> Job:
 
 def _read_inputs(inputs: Any, mask: Any, card: Card, limits: Limits) -> tuple[Float32, Float32]:
     x = read_rows(inputs, "inputs", card.x, limits.max_rows)
-    return x, read_mask(mask, card.x, len(x))
+    # without a mask a view of a single 1: nothing is made for what is the usual case
+    return x, np.broadcast_to(np.float32(1), x.shape) if mask is None else read_mask(mask, card.x, len(x))
 
 
 def _budget(body: EncodeBody | ReconstructBody | ScoreBody, card: Card, limits: Limits, arrival: float) -> Budget:

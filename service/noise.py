@@ -20,6 +20,7 @@ Shapes: R rows, S samples, D elements (latent size of a level, or size of x).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -125,6 +126,51 @@ def vectors(
         state[1] = counters[1, :, part]
         _box_muller(_philox(state, seeds[part]), out[part])
     return out.reshape(count, blocks * 4)[:, :size]
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Noise that is still to be drawn: R rows × U uses × S samples × D elements, by the few words per row that it depends on.
+
+    A device engine draws it itself, so that only these words cross; `draw` makes the same numbers here.
+
+    Attributes:
+        seeds, first, frames: (R,), the seed, the number of the first sample (0 if `antithetic`) and the frame of each row.
+        words: (R, U), from `words`, one for each use. samples, size: S and D.
+        shape: of one row: U, S and D in this order, in whatever axes the program wants them.
+    """
+
+    seeds: NDArray[np.uint64]
+    words: NDArray[np.uint64]
+    first: NDArray[np.int64]
+    frames: NDArray[np.int64]
+    samples: int
+    size: int
+    shape: tuple[int, ...]
+    antithetic: bool = False
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def part(self, rows: slice) -> Keys:
+        """Those of some rows."""
+        few = (self.seeds[rows], self.words[rows], self.first[rows], self.frames[rows])
+        return Keys(*few, self.samples, self.size, self.shape, self.antithetic)
+
+    def draw(self) -> NDArray[np.float32]:
+        """(R, *shape)."""
+        (rows, uses), drawn = self.words.shape, np.arange(0, self.samples, 2 if self.antithetic else 1)
+        each = uses * len(drawn)
+        noise = vectors(
+            self.seeds.repeat(each),
+            np.repeat(self.first[:, None] + drawn, uses, axis=0).reshape(-1),
+            self.words.reshape(-1).repeat(len(drawn)),
+            self.size,
+            frame=self.frames.repeat(each),
+        ).reshape(rows, uses, len(drawn), self.size)
+        if self.antithetic:
+            noise = np.stack([noise, -noise], axis=3).reshape(rows, uses, -1, self.size)[:, :, : self.samples]
+        return noise.reshape(rows, *self.shape)
 
 
 def philox(counters: NDArray[np.uint32], keys: NDArray[np.uint32]) -> NDArray[np.uint32]:

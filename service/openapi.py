@@ -15,20 +15,28 @@ from service import schemas
 from service.arrays import LARGEST
 from service.errors import FRAMEWORK_CODES, PROBLEM_JSON, STATUS
 from service.jobs import MAX_DIRECT_STEPS, Limits
+from service.oip import openapi as oip
 from service.repository import ServedModel
 from service.routes.infer import ENDPOINTS, Endpoint
+from service.tensor_bodies import NPY, NPZ, RAW
 
 Json = dict[str, Any]
+ARRAYS = (
+    f"Rows may also come as {RAW} (little-endian float32, row after row) or {NPY}, the other fields in the query; "
+    f"replies are arrays where Accept asks for {NPZ}, {NPY} or {RAW}, with `columns` in the query (docs/oip.md)."
+)
 
 
 def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], limits: Limits, *, needs_key: bool = False) -> Json:
     """The document for the models loaded now: `newest` without, all of `models` with the version in the path."""
     paths: Json = {}
     for model in newest:
-        paths |= _model_paths(model, f"/v1/models/{model.name}", limits)
+        paths |= _model_paths(model, f"/v1/models/{model.name}", limits) | _oip_paths(model, f"/v2/models/{model.name}", limits)
     for model in models:
-        paths |= _model_paths(model, f"/v1/models/{model.name}/versions/{model.version}", limits)
+        version = f"{model.name}/versions/{model.version}"
+        paths |= _model_paths(model, f"/v1/models/{version}", limits) | _oip_paths(model, f"/v2/models/{version}", limits)
     paths["/v1/models"] = {"get": _get("models", "The models served here.", tag="models")}
+    paths |= oip.server_paths()
     for path, summary in (("/livez", "The process runs."), ("/readyz", "Models are loaded and work is taken.")):
         probe = _get("health", summary, tag="health")
         if path == "/readyz":
@@ -67,6 +75,13 @@ def _model_paths(model: ServedModel, prefix: str, limits: Limits) -> Json:
     for endpoint in ENDPOINTS:
         paths[f"{prefix}/{endpoint.name}"] = {"post": _post(endpoint, model, limits)}
     return paths
+
+
+def _oip_paths(model: ServedModel, prefix: str, limits: Limits) -> Json:
+    body = schemas.FilterBody if model.card.family == "filter" else schemas.EncodeBody
+    fields = _body_schema(body, model.card, limits)["properties"]
+    flat = _row(model.card.x)
+    return oip.model_paths(model, prefix, fields, flat["anyOf"][0] if "anyOf" in flat else flat, _problems)
 
 
 def _filter(model: ServedModel, limits: Limits) -> Json:
@@ -117,8 +132,11 @@ def _post(endpoint: Endpoint, model: ServedModel, limits: Limits) -> Json:
     content: Json = {"application/json": {"schema": _reply_schema()}}
     if endpoint.streams:
         content["text/event-stream"] = {"schema": {"type": "string", "description": "event: step per row and step, then event: done"}}
+    if endpoint.arrays:
+        content |= {media: {"schema": {"type": "string", "format": "binary"}} for media in (NPZ, NPY, RAW)}
     return {
         "summary": inspect.getdoc(endpoint.body),
+        **({"description": ARRAYS} if endpoint.arrays else {}),
         "tags": [model.name],
         "requestBody": {
             "required": True,

@@ -25,6 +25,8 @@ class Settings(BaseSettings):
     watch_s: float = Field(default=0.0, ge=0, description="seconds between looks into the repository for new versions; 0: on request only")
     closed_form: bool = Field(default=False, description="also serve the exact conjugate-Gaussian stand-in, for demos and load runs")
     engine: Literal["auto", "onnx", "torchscript"] = Field(default="auto", description="auto: onnxruntime where installed, else torch")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N; a GPU runs TorchScript")
+    device_memory_mb: int = Field(default=0, ge=0, description="what all models together may use of the GPU; 0: 90 % of what is free")
     threads: int = Field(default=0, ge=0, le=1024, description="compute threads of the engine; 0: all cores but one, at least one")
     signing_key: SecretStr | None = Field(default=None, description="if set, only artifacts signed with it (HMAC-SHA256) are loaded")
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024, description="largest request body")
@@ -33,6 +35,7 @@ class Settings(BaseSettings):
     max_importance_samples: int = Field(default=5_000, ge=1, description="most samples of the importance-weighted log p(x)")
     max_deadline_ms: float = Field(default=600_000.0, gt=0, description="longest deadline a client may name")
     queue_rows: int = Field(default=20_000, ge=1, description="rows that may wait, per model; beyond it: 503")
+    max_wait_s: float = Field(default=1.0, gt=0, description="seconds of promised work, per model, beyond which requests get 503")
     keys_file: Path | None = Field(
         default=None, description="API keys, one a line: NAME SHA256 [ROW_STEPS_PER_SECOND[/BURST]] (elbow-serve key prints one)"
     )

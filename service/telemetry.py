@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -50,6 +53,86 @@ def configure_logging(level: str) -> None:
     logging.getLogger("uvicorn.error").addFilter(lambda record: "WebSocket" not in record.getMessage())
 
 
+MOST_PENDING = 4096
+"""Values that may wait for the next look: 32 KB or so per series."""
+
+
+class Histogram(Collector):
+    """A drop-in for `prometheus_client.Histogram` that costs its callers one append: `labels(*values)` gives the series to `observe` on.
+
+    prometheus_client's own takes a lock and walks its buckets at every value; with seven values a request that was a tenth of what
+    the surface cost. Here values are sorted into buckets many at a time, and when someone looks.
+    """
+
+    def __init__(
+        self, name: str, documentation: str, labelnames: Sequence[str] = (), *, buckets: Sequence[float], registry: CollectorRegistry
+    ):
+        self._name, self._documentation, self._labelnames = name, documentation, tuple(labelnames)
+        self._bounds = np.array([*(bound for bound in buckets if np.isfinite(bound)), np.inf])
+        self._shown = [*(str(float(bound)) for bound in self._bounds[:-1]), "+Inf"]
+        self._series: dict[tuple[str, ...], Series] = {}
+        if not self._labelnames:
+            self.labels()  # shown as empty until there is something
+        registry.register(self)
+
+    def observe(self, value: float) -> None:
+        """Of a histogram without labels."""
+        self.labels().observe(value)
+
+    def labels(self, *values: object) -> Series:
+        """The series of these label values, made when it is first asked for.
+
+        Raises:
+            ValueError: not one value per label name.
+        """
+        if len(values) != len(self._labelnames):
+            raise ValueError(f"{self._name}: has the labels {self._labelnames}, got {values}")
+        key = tuple(map(str, values))
+        found = self._series.get(key)
+        return self._series.setdefault(key, Series(self._bounds)) if found is None else found
+
+    def collect(self) -> Iterator[Metric]:
+        family = Metric(self._name, self._documentation, "histogram")
+        for key, series in list(self._series.items()):
+            labels = dict(zip(self._labelnames, key, strict=True))
+            counts, total = series.read()
+            below = np.cumsum(counts).tolist()
+            for bound, count in zip(self._shown, below, strict=True):
+                family.add_sample(f"{self._name}_bucket", {**labels, "le": bound}, count)
+            family.add_sample(f"{self._name}_count", labels, below[-1])
+            if self._bounds[0] >= 0:  # a sum of values of either sign is no counter
+                family.add_sample(f"{self._name}_sum", labels, total)
+        yield family
+
+
+class Series:
+    """The values of one set of labels. Any thread may `observe`."""
+
+    __slots__ = ("_bounds", "_counts", "_lock", "_pending", "_sum")
+
+    def __init__(self, bounds: NDArray[np.float64]):
+        self._bounds, self._counts, self._sum = bounds, np.zeros(len(bounds), np.int64), 0.0
+        self._pending: list[float] = []
+        self._lock = threading.Lock()
+
+    def observe(self, value: float) -> None:
+        self._pending.append(value)
+        if len(self._pending) >= MOST_PENDING:
+            self.read()
+
+    def read(self) -> tuple[NDArray[np.int64], float]:
+        """How many values lie in each bucket (at most its bound, above the one before), and their sum."""
+        with self._lock:
+            many = len(self._pending)  # others may append meanwhile: those stay for the next time
+            values = np.array(self._pending[:many], np.float64)
+            del self._pending[:many]
+            if many:
+                places = np.searchsorted(self._bounds, values, side="left").clip(max=len(self._bounds) - 1)
+                self._counts += np.bincount(places, minlength=len(self._bounds))
+                self._sum += float(values.sum())
+            return self._counts.copy(), self._sum
+
+
 @dataclass(slots=True)
 class Call:
     """What is known of the request in hand; routes fill it in, the middleware reports it.
@@ -67,13 +150,13 @@ class Call:
 class ModelMetrics:
     """What is observed of each request to one version of a model; the labels are looked up once, not per request."""
 
-    queue_wait: Histogram
-    step_duration: Histogram
-    batch_rows: Histogram
-    steps_used: Histogram
-    negative_elbo: Histogram
-    elbo_gain: Histogram
-    elbo_quantile: Histogram
+    queue_wait: Series
+    step_duration: Series
+    batch_rows: Series
+    steps_used: Series
+    negative_elbo: Series
+    elbo_gain: Series
+    elbo_quantile: Series
     deadline_missed: Counter
     rows_in_flight: Gauge
 
@@ -204,7 +287,7 @@ class Metrics:
         self._keys: dict[str, Counter] = {}
         self._key_work: dict[str, Counter] = {}
         self._models: dict[tuple[str, str], ModelMetrics] = {}
-        self._answers: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
+        self._answers: dict[tuple[str, str, str, int], tuple[Counter, Series]] = {}
 
     def watch(self, counts: Callable[[], Mapping[str, Any]]) -> None:
         """Also exposes what a scheduler counts: `counts` gives, per "name/version", an object with the attributes of `_COUNTED`."""

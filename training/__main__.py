@@ -49,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     export.add_argument("--threads", type=int)
     export.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
     export.set_defaults(action=_export)
+    retrace = commands.add_parser("retrace", help="make an artifact's TorchScript again with the torch installed here; needs no data")
+    retrace.add_argument("artifact", type=Path, nargs="+")
+    retrace.add_argument("--to", type=Path, required=True, help="model repository to write to")
+    retrace.set_defaults(action=_retrace)
 
     args = parser.parse_args(argv)
     try:
@@ -130,6 +134,14 @@ def _export(args: argparse.Namespace) -> int:
 
     _set_threads(args.threads)
     print(export(args.checkpoint, args.to, args.name, args.version, rows=args.rows, likelihood=args.likelihood, data_root=args.data))
+    return 0
+
+
+def _retrace(args: argparse.Namespace) -> int:
+    from training.retrace import retrace
+
+    for artifact in args.artifact:
+        print(retrace(artifact, args.to))
     return 0
 
 

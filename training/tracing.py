@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from onnx.external_data_helper import set_external_data
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -124,6 +123,8 @@ def to_onnx(
     graph: fx.GraphModule, used: list[str], model: LatentModel | FilterModel, program: Program, offsets: dict[str, tuple[int, int]]
 ) -> bytes:
     """The graph as ONNX whose initialisers point into weights.safetensors (`offsets`: name -> (first byte, bytes))."""
+    from onnx.external_data_helper import set_external_data
+
     parameters = dict(model.named_parameters())
     module = _WithWeights(suit_onnx_runtime(graph), {name: parameters[name].detach() for name in used})
     dimensions = {size: torch.export.Dim(size, min=1) for size in TRACE_SIZES}

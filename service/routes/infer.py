@@ -1,6 +1,7 @@
 """POST encode, refine, reconstruct, score, generate: parse, submit, shape. Plain Starlette routes: nothing per request but this.
 
-Every call also exists with /versions/{version}; encode and refine also stream (`Accept: text/event-stream`).
+Every call also exists with /versions/{version}; encode and refine also stream (`Accept: text/event-stream`); encode, reconstruct
+and score also take and give arrays (service/routes/arrays.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from starlette.routing import Route
 
 from service import jobs, replies, schemas
 from service.body import in_worker_if_large, parse_object, read_body
-from service.deps import server_of, static_model_of
+from service.deps import Server, server_of, static_model_of
 from service.repository import ServedModel
+from service.routes.arrays import array_call, speaks_arrays
 from service.scheduler.job import Job, JobResult
 from service.submission import Show, events, submit
 
@@ -33,11 +35,16 @@ class Endpoint:
     job: Callable[[Any, ServedModel, jobs.Limits, float], Job]
     reply: Callable[[ServedModel, JobResult, Any], dict[str, Any]]
     streams: bool = False
+    arrays: bool = False
+    """Whether rows and replies may be arrays instead of JSON (service/tensor_bodies.py)."""
 
     async def __call__(self, request: Request) -> Response:
+        if self.arrays and speaks_arrays(request):
+            return await array_call(self, request)
         server = server_of(request)
         arrival = server.clock()
         model = static_model_of(request, self.name)
+        server.scheduler.check_door(model.key)
         raw = await read_body(request, server.limits.max_body_bytes)
 
         def prepare() -> tuple[Any, Job]:
@@ -45,15 +52,30 @@ class Endpoint:
             return body, self.job(body, model, server.limits, arrival)
 
         body, job = await in_worker_if_large(len(raw), prepare)
+        return await self.answer(request, server, model, body, job)
+
+    async def answer(self, request: Request, server: Server, model: ServedModel, body: Any, job: Job) -> Response:
+        """The reply in JSON, or its events."""
         if self.streams and EVENT_STREAM in request.headers.get("accept", ""):
             show = Show(partial(replies.step_event, model, parts=body.parts), lambda result: self.reply(model, result, body))
             frames = await events(request, server, model, job, show=show)
             return StreamingResponse(frames, media_type=EVENT_STREAM, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        return replies.json_response(self.reply(model, await submit(request, server, model, job), body))
+        result = await submit(request, server, model, job)
+        response = replies.json_response(self.reply(model, result, body))
+        server.scheduler.replied(job, result)
+        return response
 
 
 def _encode_reply(model: ServedModel, result: JobResult, body: schemas.EncodeBody) -> dict[str, Any]:
     return replies.encode_reply(model, result, body.seed, body.parts)
+
+
+def _reconstruct_reply(model: ServedModel, result: JobResult, body: schemas.ReconstructBody) -> dict[str, Any]:
+    return replies.reconstruct_reply(model, result, body.seed)
+
+
+def _score_reply(model: ServedModel, result: JobResult, body: schemas.ScoreBody) -> dict[str, Any]:
+    return replies.score_reply(model, result, body.seed)
 
 
 def _generate_job(body: schemas.GenerateBody, model: ServedModel, limits: jobs.Limits, arrival: float) -> Job:
@@ -61,10 +83,10 @@ def _generate_job(body: schemas.GenerateBody, model: ServedModel, limits: jobs.L
 
 
 ENDPOINTS = (
-    Endpoint("encode", schemas.EncodeBody, jobs.encode_job, _encode_reply, streams=True),
+    Endpoint("encode", schemas.EncodeBody, jobs.encode_job, _encode_reply, streams=True, arrays=True),
     Endpoint("refine", schemas.RefineBody, jobs.refine_job, _encode_reply, streams=True),
-    Endpoint("reconstruct", schemas.ReconstructBody, jobs.reconstruct_job, lambda m, r, body: replies.reconstruct_reply(m, r, body.seed)),
-    Endpoint("score", schemas.ScoreBody, jobs.score_job, lambda m, r, body: replies.score_reply(m, r, body.seed)),
+    Endpoint("reconstruct", schemas.ReconstructBody, jobs.reconstruct_job, _reconstruct_reply, arrays=True),
+    Endpoint("score", schemas.ScoreBody, jobs.score_job, _score_reply, arrays=True),
     Endpoint("generate", schemas.GenerateBody, _generate_job, lambda m, r, body: replies.generate_reply(m, r, body.seed)),
 )
 

@@ -84,9 +84,7 @@ async def _static(
         return _shaped(columns, asked, model, result), parameters
 
 
-async def _filter(
-    request: Request, server: Server, model: ServedModel, asked: Asked, received: Received, measured: Measured
-) -> Outputs:
+async def _filter(request: Request, server: Server, model: ServedModel, asked: Asked, received: Received, measured: Measured) -> Outputs:
     key_id, control = key_id_of(request), asked.control
     columns = chosen(outputs_of(model, asked.method), asked.inference.outputs, "outputs")
     name = None
@@ -154,9 +152,7 @@ def _shaped(columns: Sequence[Column], asked: Asked, model: ServedModel, result:
     return arrays if asked.inference.outputs else {name: array for name, array in arrays.items() if array.size}
 
 
-def _respond(
-    asked: Asked, model: ServedModel, parameters: Mapping[str, Any], outputs: dict[str, NDArray[Any]], encoding: str
-) -> Response:
+def _respond(asked: Asked, model: ServedModel, parameters: Mapping[str, Any], outputs: dict[str, NDArray[Any]], encoding: str) -> Response:
     body, head_length = write_inference(asked.inference, (model.name, model.version), dict(parameters), outputs)
     headers = {} if head_length is None else {HEAD_LENGTH: str(head_length)}
     if encoding != IDENTITY and len(body) >= LEAST_BYTES:

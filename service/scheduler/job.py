@@ -6,6 +6,7 @@ All ELBOs, likelihoods and divergences are in nats per row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -115,12 +116,16 @@ class Job:
 
 @dataclass
 class Timing:
-    """Where the time of a job went, in milliseconds, and how many rows shared its last batch."""
+    """Where the time of a job went, in milliseconds, and how many rows shared its last batch.
+
+    `answered`: when the scheduler was through, on its clock, in seconds.
+    """
 
     queue_ms: float = 0.0
     compute_ms: float = 0.0
     predicted_ms: float = 0.0
     batch_rows: int = 0
+    answered: float = math.nan
 
 
 @dataclass

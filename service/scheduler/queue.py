@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from service.scheduler.job import Job, JobResult
+from service.scheduler.load import NO_WORK
 
 
 class Ticket:
@@ -25,12 +26,13 @@ class Ticket:
         deadline: instant by which refinement and measuring must be done, so that final stages and reply still fit; inf = none.
         next_row: first row that is still in line. left: rows not finished yet.
         result: columns, allocated when the first row is finished (or needs a place for its outputs).
+        work: what it counts for in the lane's load, until it is answered.
         tag, served: where the job stands in the fair order of rows, and of final stages.
     """
 
     __slots__ = (
         "abandoned", "arrived", "deadline", "future", "in_flight", "job", "left", "loop", "next_row",
-        "outcome", "predicted_s", "result", "rows", "served", "started", "tag", "weight",
+        "outcome", "predicted_s", "result", "rows", "served", "started", "tag", "weight", "work",
     )  # fmt: skip
 
     def __init__(self, job: Job, arrived: float):
@@ -41,6 +43,7 @@ class Ticket:
         self.rows = self.left = job.rows
         self.next_row, self.in_flight, self.weight = 0, 0, 0
         self.tag, self.served = -math.inf, 0.0
+        self.work = NO_WORK
         self.abandoned = False
         self.result: JobResult | None = None
         self.outcome: JobResult | BaseException | None = None

@@ -39,6 +39,7 @@ class Scheduler:
         tick_s: how long a tick should take at most.
         reply_s: kept free before a deadline, for the way back to the client.
         retry_after_s: least time after which a refused client should come back.
+        max_wait_s: work, in seconds, that may be promised per model before new jobs are refused (load.py).
         lane: what serves a model (benchmarks/schedule.py puts request-level batching in its place).
     """
 
@@ -52,10 +53,11 @@ class Scheduler:
         tick_s: float = 0.002,
         reply_s: float = 0.0005,
         retry_after_s: float = 0.1,
+        max_wait_s: float = math.inf,
         lane: type[StaticLane] = StaticLane,
     ):
         self._clock, self._queue_rows, self._slots, self._tick_s, self._reply_s = clock, queue_rows, slots, tick_s, reply_s
-        self._retry_after_s, self._lane = retry_after_s, lane
+        self._retry_after_s, self._max_wait_s, self._lane = retry_after_s, max_wait_s, lane
         self._streams = streams
         self._lanes: dict[str, StaticLane] = {}
         self._stream_lanes: dict[str, StreamLane] = {}
@@ -114,7 +116,7 @@ class Scheduler:
             streams = StreamLane(key, engine, self._clock, self._streams, self._wake.set)
             streams.warm_up()
         else:
-            static = self._lane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s)
+            static = self._lane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s, self._max_wait_s)
             static.hand_over = self._hand_over
             warm_up(engine, static.cost, self._clock, self._slots)
         with self._door:
@@ -163,6 +165,20 @@ class Scheduler:
         except asyncio.CancelledError:
             self.abandon(ticket)
             raise
+
+    def check_door(self, key: str) -> None:
+        """Raises Overloaded or ShuttingDown if any job for `key` would be refused now: asked before its body is read and parsed."""
+        lane = self._lanes.get(key)
+        if self._stopping:
+            raise ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s)
+        if lane is not None:
+            self._refuse_if_full(lane, 1)
+
+    def replied(self, job: Job, result: JobResult) -> None:
+        """The reply is about to leave: how long it took since the scheduler's answer is learned from."""
+        lane = self._lanes.get(job.model)
+        if lane is not None and math.isfinite(result.timing.answered):
+            lane.replied(job, result)
 
     def enqueue(self, job: Job) -> Ticket:
         """`submit` for callers without an event loop: the answer appears as the ticket's `outcome`. Raises as `submit` does at the door."""
@@ -246,17 +262,24 @@ class Scheduler:
                 lane = self._lanes.get(job.model)
             if lane is None:
                 raise UnknownModel(f"no model {job.model!r} is loaded")
-            weight, waiting = min(job.rows, self._queue_rows // _LARGEST_SHARE), lane.weight_waiting
-            if waiting + weight > self._queue_rows:
-                raise Overloaded(
-                    f"{waiting} rows wait for {job.model}, {self._queue_rows} may",
-                    retry_after_s=max(self._retry_after_s, lane.backlog_s()),
-                )
+            weight = min(job.rows, self._queue_rows // _LARGEST_SHARE)
+            self._refuse_if_full(lane, weight)
             ticket.weight = weight
+            lane.load.take(ticket.work)
             lane.weight_in += weight
             lane.inbox.append(ticket)
         if not self._wake.is_set():
             self._wake.set()
+
+    def _refuse_if_full(self, lane: StaticLane, weight: int) -> None:
+        waiting, load = lane.weight_waiting, lane.load
+        if waiting + weight > self._queue_rows:
+            why = f"{waiting} rows wait for {lane.key}, {self._queue_rows} may"
+        elif load.over:
+            why = f"{lane.key} has {load.least_s:.1f} s of work to do, {load.max_wait_s:g} s may wait"
+        else:
+            return
+        raise Overloaded(why, retry_after_s=max(self._retry_after_s, load.least_s))
 
     def _loop(self) -> None:
         while True:

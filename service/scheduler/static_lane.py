@@ -16,19 +16,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models.artifact import Arrays
-from service.engine.base import Engine, Slots
+from service.engine.base import Engine, Given, Outputs, Slots
 from service.errors import BackendFailure, DeadlineExceeded, InvalidInput
 from service.noise import MAX_STEP, Purpose
 from service.scheduler.best_so_far import BestSoFar
 from service.scheduler.cost import CostModel
 from service.scheduler.final_stages import NO_SLOT, FinalStages
 from service.scheduler.job import Job, JobResult, StopReason, Timing
+from service.scheduler.load import Load, Work
 from service.scheduler.noise_ahead import KEPT_SAMPLES, Noise, NoiseAhead
 from service.scheduler.order import FairOrder
 from service.scheduler.queue import Ticket, WaitingLine
+from service.scheduler.reserve import Reserve
 from service.scheduler.results import Finished, blank
 from service.scheduler.rows import CODE, REASONS, RowTable
 
@@ -62,6 +63,7 @@ class StaticLane:
     slots: int
     tick_s: float
     reply_s: float
+    max_wait_s: float = math.inf
     inbox: deque[Ticket] = field(default_factory=deque)
     someone_left: bool = False
     draining: bool = False
@@ -76,9 +78,10 @@ class StaticLane:
     def __post_init__(self) -> None:
         card = self.engine.card
         self.counts, self.cost = Counts(), CostModel()
-        self.engine.allocate(self.slots)
+        self.slots = self.engine.allocate(self.slots)
         self._rows = RowTable(self.slots, len(card.levels), card.max_steps)
-        self._noise, self._ahead = Noise(card), NoiseAhead(card, self._rows)
+        keyed = self.engine.draws_noise
+        self._noise, self._ahead = Noise(card, keyed), NoiseAhead(card, self._rows, keyed)
         self._stages = FinalStages(
             engine=self.engine, rows=self._rows, cost=self.cost, noise=self._noise, clock=self.clock, tick_s=self.tick_s
         )
@@ -89,6 +92,7 @@ class StaticLane:
         self._shapes = {"x": card.x.shape, "mask": card.x.shape, **{tensor.name: tensor.shape[1:] for tensor in card.carry}}
         self._init_has_noise = any(tensor.name.startswith("noise") for tensor in card.programs["init"].inputs)
         self._overhead_s = 0.0
+        self.reserve, self.load = Reserve(self.reply_s), Load(self.max_wait_s)
 
     # At the door, from any thread.
 
@@ -103,21 +107,37 @@ class StaticLane:
         self._check(job)
         together = min(job.rows, self.slots)
         start = self.cost.seconds("init", together) + self.cost.seconds("score", together * job.ask.samples)
-        final = self.reply_s + (self._stages.seconds(ticket) if self._stages.needed(ticket) else 0.0)
+        stages = self._stages.seconds(ticket) if self._stages.needed(ticket) else 0.0
+        final = self.reserve.typical + stages
         at_once = self._places(self.tick_s)
         rounds = math.ceil((self._rows.in_flight + job.rows) / at_once)
         step = rounds * self.cost.seconds("step", min(at_once, self._rows.in_flight + job.rows))
         steps = self._steps(ticket)
         ticket.predicted_s = start + final + steps * step
+        ticket.work = self._work(ticket, steps, at_once, stages)
         if budget.deadline is None:
             return
         ticket.deadline = budget.deadline - final
+        if budget.elastic:
+            ticket.predicted_s = min(ticket.predicted_s, budget.deadline - now)
         needed = start if budget.elastic else start + steps * self.cost.seconds("step", together)
         if now + needed > ticket.deadline:
             what = "0 steps" if budget.elastic else f"{steps} steps"
             raise DeadlineExceeded(
                 f"{what} would take {1e3 * (needed + final):.1f} ms, the deadline leaves {1e3 * (budget.deadline - now):.1f} ms"
             )
+
+    def _work(self, ticket: Ticket, steps: int, at_once: int, stages: float) -> Work:
+        row_s = self.cost.seconds("init", at_once) + self.cost.seconds("score", at_once) * ticket.job.ask.measure
+        step_s = self.cost.seconds("step", at_once) / at_once
+        return self.load.work(ticket.rows, steps, ticket.job.budget.elastic, step_s, row_s / at_once + stages / max(1, ticket.rows))
+
+    def replied(self, job: Job, result: JobResult) -> None:
+        """The reply to a job is about to leave: what it took teaches how much of the next deadline to keep free. From the reply's thread."""
+        now = self.clock()
+        self.reserve.observe(now - result.timing.answered)
+        if job.budget.deadline is not None and StopReason.DEADLINE in result.stop_reason:
+            self.reserve.judge(job.budget.deadline - now, now)
 
     def _check(self, job: Job) -> None:
         """What must hold so that no job can spoil the batch of another."""
@@ -144,13 +164,6 @@ class StaticLane:
     def weight_waiting(self) -> int:
         """What waits, by the weights given at the door. Two counters, each written by one side only, need no lock."""
         return self.weight_in - self.weight_out
-
-    def backlog_s(self) -> float:
-        """Predicted time until what is here now is done: after that a refused client may come back."""
-        at_once = self._places(self.tick_s)
-        rows = self._rows.in_flight + self.weight_waiting
-        steps = self.counts.steps / max(1, self.counts.rows_done)
-        return rows / at_once * max(1.0, steps) * self.cost.seconds("step", at_once)
 
     # What the engine thread asks of a lane.
 
@@ -300,7 +313,7 @@ class StaticLane:
             self.engine.load_rows(
                 started, {"x": np.concatenate(xs) if together else xs[0], "mask": np.concatenate(masks) if together else masks[0]}
             )
-            noise: Arrays = {}
+            noise: Given = {}
             if self._init_has_noise:
                 noise = self._noise.draw("init", self._rows.seed[started], Purpose.INIT, (0, card.samples))
             self._timed("init", len(started), started, noise)
@@ -383,7 +396,7 @@ class StaticLane:
         step = math.ceil(len(active) / places) * (self.cost.seconds("step", together) + self._overhead_s)
         score = self.cost.seconds("score", int(together * rows.samples[active].mean()))
         now, unfinished, elastic = self.clock(), rows.target[active] > rows.done[active], rows.elastic[active]
-        late = unfinished & elastic & (now + step + score > deadlines)
+        late = unfinished & elastic & (now + step + score + self.reserve.tail > deadlines)
         if np.any(late):
             rows.stop(active[late], StopReason.DEADLINE)
         missed = unfinished & ~elastic & (now + score > deadlines)
@@ -391,15 +404,20 @@ class StaticLane:
             self._end(self._tickets(active[missed]), DeadlineExceeded("not all steps could be done before the deadline"))
 
     def _yield_to_waiting(self) -> None:
-        """Elastic rows that had a step make room when rows wait and no slot is free, those with the most steps first."""
-        rows = self._rows
+        """Elastic rows that had a step give up others: their share under load, all when the server stops, and as many rows as wait
+        when no slot is free, those with the most steps first.
+        """
+        rows, share = self._rows, self.load.share()
         full = bool(self._line) and not rows.free
-        if not (full or self.draining) or not len(rows.active):
+        if not (full or self.draining or share < 1.0) or not len(rows.active):
             return
         active = rows.active
         able = active[rows.elastic[active] & (rows.done[active] > 0) & (rows.done[active] < rows.target[active])]
         if not self.draining:
-            able = able[np.argsort(-rows.done[able], kind="stable")[: self.counts.rows_waiting]]
+            over = rows.done[able] >= share * rows.target[able]
+            waiting = self.counts.rows_waiting - int(np.count_nonzero(over)) if full else 0
+            others = able[~over]
+            able = np.concatenate([able[over], others[np.argsort(-rows.done[others], kind="stable")[: max(0, waiting)]]])
         if len(able):
             self.counts.degraded += len(able)
             rows.stop(able, StopReason.DEGRADED)
@@ -531,12 +549,14 @@ class StaticLane:
             compute_ms=1e3 * (now - ticket.started),
             predicted_ms=1e3 * ticket.predicted_s,
             batch_rows=self.counts.batch_rows,
+            answered=now,
         )
         self._answer(ticket, result)
 
     def _answer(self, ticket: Ticket, outcome: JobResult | BaseException) -> None:
         ticket.answer(outcome)
         self._put_down(ticket)
+        self.load.give_back(ticket.work)
         self._answered.append(ticket)
         self.counts.jobs_done += isinstance(outcome, JobResult)
 
@@ -595,7 +615,7 @@ class StaticLane:
         self._line.forget_answered()
         self._stages.forget_answered()
 
-    def _timed(self, program: str, size: int, slots: Slots, noise: Mapping[str, NDArray[Any]]) -> Arrays:
+    def _timed(self, program: str, size: int, slots: Slots, noise: Given) -> Outputs:
         started = self.clock()
         outputs = self.engine.run_rows(program, slots, noise)
         seconds = self.clock() - started

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from models.artifact import Arrays, ProgramSpec
 from service.engine.base import Engine
+from service.noise import Purpose
 from service.scheduler.cost import CostModel
+from service.scheduler.noise_ahead import SLOT_FREE, Noise
 
 CALLS = 3
 _LARGEST = 64
-_SLOT_FREE = ("decode", "prior_sample", "sample_x")
-"""Programs that `Engine.run` calls on arrays of the caller; the others work on slots."""
 
 
 def warm_up(engine: Engine, cost: CostModel, clock: Callable[[], float], capacity: int) -> None:
     """Runs every program `CALLS` times at batch sizes 1, 2, 4, … and notes the fastest run of each as its cost."""
     card = engine.card
-    largest = min(_LARGEST, capacity)
+    largest = min(max(_LARGEST, engine.warm_up_rows), capacity)
+    noise = Noise(card, engine.draws_noise)
     everything = np.arange(largest, dtype=np.intp)
     blank_x = np.zeros((largest, *card.x.shape), np.float32)
     engine.load_rows(everything, {"x": blank_x, "mask": np.ones_like(blank_x)})
@@ -28,13 +31,19 @@ def warm_up(engine: Engine, cost: CostModel, clock: Callable[[], float], capacit
         for size in (1 << bucket for bucket in range(largest.bit_length())):
             rows = everything[:size]
             arrays = _arrays(spec, size, 1 if program != "step" else card.samples)
+            given: dict[str, Any] = {name: value for name, value in arrays.items() if name.startswith("noise")}
+            if engine.draws_noise and program not in SLOT_FREE:
+                given = noise.draw(program, np.zeros(size, np.uint64), Purpose.REFINE, (0, 1 if program != "step" else card.samples))
+                if program == "step" and card.antithetic:
+                    given = {name: replace(keys, antithetic=True) for name, keys in given.items()}
             seconds = []
             for _ in range(CALLS):
                 started = clock()
-                if program in _SLOT_FREE:
+                if program in SLOT_FREE:
                     engine.run(program, arrays)
                 else:
-                    engine.run_rows(program, rows, {name: value for name, value in arrays.items() if name.startswith("noise")})
+                    for output in engine.run_rows(program, rows, given).values():
+                        np.asarray(output)  # waits for the device
                 seconds.append(clock() - started)
             cost.seed(program, size, min(seconds))
 

@@ -16,14 +16,16 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact import Arrays, Card
-from service.engine.base import Engine
+from service.engine.base import Engine, Outputs
 from service.errors import BackendFailure, Overloaded, ShuttingDown, UnknownModel
-from service.noise import Purpose, vectors, words
+from service.noise import Keys, Purpose, words
 from service.scheduler.cost import CostModel
 from service.streams.stream import Portion, Stream
 
@@ -55,8 +57,9 @@ class StreamLane:
         self.key, self.engine, self.cost = key, engine, CostModel()
         self.passed_over, self.last_served, self.retiring, self.draining = 0, 0, False, False
         self.counts = StreamCounts()
-        self._clock, self._capacity, self._wake = clock, capacity, wake
-        self._noise = FrameNoise(engine.card)
+        self._clock, self._wake = clock, wake
+        self._noise = FrameNoise(engine.card, engine.draws_noise)
+        self._capacity = capacity = engine.allocate(capacity)
         self._free = list(range(capacity - 1, -1, -1))
         self._door = threading.Lock()
         self._streams: set[Stream] = set()
@@ -64,7 +67,6 @@ class StreamLane:
         self._fed: deque[Stream] = deque()
         self._leaving: deque[Stream] = deque()
         self._out: list[Portion] = []
-        engine.allocate(capacity)
         self._state = [spec.name for spec in engine.card.state]
 
     # Any thread.
@@ -146,7 +148,7 @@ class StreamLane:
     def warm_up(self) -> None:
         """Runs every program on batches of 1, 2, 4, … rows and notes the fastest run of each as its cost."""
         card, size = self.engine.card, 1
-        while size <= min(LARGEST_WARM_UP, self._capacity):
+        while size <= min(max(LARGEST_WARM_UP, self.engine.warm_up_rows), self._capacity):
             rows = np.arange(size, dtype=np.intp)
             self._load_begin(rows)
             for program in ("predict", "init", "step", "advance", FRAME):
@@ -157,7 +159,10 @@ class StreamLane:
                 seconds = []
                 for _ in range(WARM_UP_CALLS):
                     started = self._clock()
-                    self.engine.run_rows(program, rows, {**given, "x": blank, "mask": np.ones_like(blank)})
+                    guard = "log_likelihood" if program in ("advance", FRAME) else None
+                    outputs = self.engine.run_rows(program, rows, {**given, "x": blank, "mask": np.ones_like(blank)}, guard)
+                    if guard is not None:
+                        np.asarray(outputs[guard])  # waits for the device
                     seconds.append(self._clock() - started)
                 self.cost.seed(program, size, min(seconds))
             size *= 2
@@ -274,17 +279,16 @@ class StreamLane:
 
     def _programs(
         self, slots: NDArray[np.intp], given: Arrays, portions: list[Portion], steps: int, predicts: bool, shows: bool
-    ) -> tuple[Arrays, Arrays]:
+    ) -> tuple[Arrays, Outputs]:
         """What may be shown of each row (nothing, unless `shows`), and the outputs that measure it."""
         card, engine = self.engine.card, self.engine
-        shown: Arrays = {}
+        predicted: Outputs = {}
         if steps == card.trained_steps and FRAME in card.programs and not predicts:
             outputs = engine.run_rows(FRAME, slots, {**given, **self._noise.ahead(portions)}, guard="log_likelihood")
         else:
             seeds = np.array([portion.stream.spec.seed for portion in portions], np.uint64)
             frames = np.array([portion.stream.frame for portion in portions], np.int64)
             predicted = engine.run_rows("predict", slots, self._noise.predict(seeds, frames))
-            shown |= {f"prediction.{name}": value for name, value in predicted.items()}
             if "init" in card.programs:
                 engine.run_rows("init", slots, given)
             for step in range(steps if "step" in card.programs else 0):
@@ -292,6 +296,7 @@ class StreamLane:
             outputs = engine.run_rows("advance", slots, {**given, **self._noise.advance(seeds, frames)}, guard="log_likelihood")
         if not shows:
             return {}, outputs
+        shown: Arrays = {f"prediction.{name}": value for name, value in predicted.items()}
         shown |= {f"reconstruction.{name}": value for name, value in outputs.items() if name not in ("log_likelihood", "kl", "trace")}
         shown |= engine.read_rows(slots, [array for level in card.levels for array in level.parameters.values()])
         return shown, outputs
@@ -302,32 +307,35 @@ class StreamLane:
 
 
 class FrameNoise:
-    """The noise of frames, keyed by (seed, frame, step): (R, …) arrays by the names of the programs' inputs."""
+    """The noise of frames, keyed by (seed, frame, step): (R, …) arrays by the names of the programs' inputs, or (`keyed`) the keys
+    of them, for an engine that draws its own."""
 
-    def __init__(self, card: Card):
-        self._card = card
+    def __init__(self, card: Card, keyed: bool = False):
+        self._card, self._keyed = card, keyed
         self._latent = card.levels[0].size
         self._samples, self._antithetic = card.samples, card.antithetic
 
-    def step(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], step: int) -> Arrays:
-        return {"noise0": self._draw(seeds, frames, [(step, Purpose.REFINE)])[:, 0]}
+    def step(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], step: int) -> dict[str, Any]:
+        return {"noise0": self._one(seeds, frames, (step, Purpose.REFINE))}
 
-    def advance(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> Arrays:
-        return {self._name("advance", "noise_advance"): self._draw(seeds, frames, [(0, Purpose.DRAW)])[:, 0]}
+    def advance(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> dict[str, Any]:
+        return {self._name("advance", "noise_advance"): self._one(seeds, frames, (0, Purpose.DRAW))}
 
-    def predict(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> Arrays:
-        return {self._name("predict", "noise0"): self._draw(seeds, frames, [(0, Purpose.PRIOR)])[:, 0]}
+    def predict(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> dict[str, Any]:
+        return {self._name("predict", "noise0"): self._one(seeds, frames, (0, Purpose.PRIOR))}
 
-    def ahead(self, portions: list[Portion]) -> Arrays:
+    def ahead(self, portions: list[Portion]) -> dict[str, Any]:
         """For the fused program, the very numbers that `step` and `advance` would get: of all frames of a portion at once, since
         a call costs about the same for one frame as for some dozens."""
+        if self._keyed:
+            seeds = np.array([portion.stream.spec.seed for portion in portions], np.uint64)
+            return self._fused(seeds, np.array([portion.stream.frame for portion in portions], np.int64))
         new = [portion for portion in portions if portion.noise is None]
         if new:
             left = [len(portion.x) - portion.done for portion in new]
             seeds = np.repeat(np.array([portion.stream.spec.seed for portion in new], np.uint64), left)
             frames = np.concatenate([np.arange(p.stream.frame, p.stream.frame + n) for p, n in zip(new, left, strict=True)])
-            steps = self._card.trained_steps
-            drawn = self._draw(seeds, frames, [*((k, Purpose.REFINE) for k in range(steps)), (0, Purpose.DRAW)])
+            drawn = self._keys(seeds, frames, [*self._refining(), (0, Purpose.DRAW)]).draw()
             at = 0
             for portion, count in zip(new, left, strict=True):
                 portion.noise, portion.noise_from = drawn[at : at + count], portion.done
@@ -336,8 +344,17 @@ class FrameNoise:
         noise = {"noise_advance": np.ascontiguousarray(rows[:, -1])}
         return noise | ({"noise0": np.ascontiguousarray(rows[:, :-1])} if self._card.trained_steps else {})
 
-    def blank(self, program: str, rows: int) -> Arrays:
-        """Zeros, for warm-up."""
+    def blank(self, program: str, rows: int) -> dict[str, Any]:
+        """For warm-up: zeros, or keys of anything."""
+        if self._keyed:
+            seeds, frames = np.zeros(rows, np.uint64), np.zeros(rows, np.int64)
+            wanted = {
+                "predict": lambda: self.predict(seeds, frames),
+                "step": lambda: self.step(seeds, frames, 0),
+                "advance": lambda: self.advance(seeds, frames),
+                FRAME: lambda: self._fused(seeds, frames),
+            }
+            return wanted[program]() if program in wanted else {}
         axes = {"rows": rows, "samples": self._samples}
         return {
             spec.name: np.zeros([axes[size] if isinstance(size, str) else size for size in spec.shape], np.float32)
@@ -345,20 +362,33 @@ class FrameNoise:
             if spec.name.startswith("noise")
         }
 
+    def _fused(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> dict[str, Any]:
+        """Keys for the fused program."""
+        keys: dict[str, Any] = {"noise_advance": self._one(seeds, frames, (0, Purpose.DRAW))}
+        return keys | ({"noise0": self._keys(seeds, frames, self._refining())} if self._card.trained_steps else {})
+
+    def _refining(self) -> list[tuple[int, Purpose]]:
+        return [(step, Purpose.REFINE) for step in range(self._card.trained_steps)]
+
     def _name(self, program: str, default: str) -> str:
         return next((spec.name for spec in self._card.programs[program].inputs if spec.name.startswith("noise")), default)
 
-    def _draw(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], uses: list[tuple[int, Purpose]]) -> NDArray[np.float32]:
-        """(R, uses, S, D)."""
-        pairs = self._antithetic
-        count = self._samples // 2 if pairs else self._samples
+    def _one(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], use: tuple[int, Purpose]) -> Any:
+        """Of one use: (R, S, D), or its keys."""
+        keys = self._keys(seeds, frames, [use])
+        keys = replace(keys, shape=keys.shape[1:])
+        return keys if self._keyed else keys.draw()
+
+    def _keys(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], uses: list[tuple[int, Purpose]]) -> Keys:
+        """Of (R, uses, S, D)."""
         word = np.concatenate([words(np.array([step]), level=0, purpose=purpose) for step, purpose in uses])
-        rows, many = len(seeds), len(uses) * count
-        drawn = vectors(
-            np.repeat(seeds, many),
-            np.tile(np.arange(count) * (2 if pairs else 1), rows * len(uses)),
-            np.tile(np.repeat(word, count), rows),
+        return Keys(
+            seeds,
+            np.broadcast_to(word, (len(seeds), len(word))),
+            np.zeros(len(seeds), np.int64),
+            frames,
+            self._samples,
             self._latent,
-            frame=np.repeat(frames, many),
-        ).reshape(rows, len(uses), count, self._latent)
-        return np.stack([drawn, -drawn], 3).reshape(rows, len(uses), -1, self._latent) if pairs else drawn
+            (len(uses), self._samples, self._latent),
+            self._antithetic,
+        )

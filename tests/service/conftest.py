@@ -71,6 +71,12 @@ class FakeScheduler:
     def add_model(self, key: str, engine: Any) -> None:
         self.cards[key] = engine.card
 
+    def check_door(self, key: str) -> None:
+        pass
+
+    def replied(self, job: Job, result: JobResult) -> None:
+        pass
+
     def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
         return {"init": 1.0, "step": 0.25, "score": 0.5}[program] * rows
 

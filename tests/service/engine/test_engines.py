@@ -22,12 +22,20 @@ def make(kind, artifact, **kwargs) -> Engine:
 
         return OnnxEngine(artifact, **kwargs)
     pytest.importorskip("torch")
+    if kind != "torchscript":
+        from service.engine.torchscript_device import TorchScriptDeviceEngine
+
+        return TorchScriptDeviceEngine(artifact, device=kind, **kwargs)
     from service.engine.torchscript import TorchScriptEngine
 
     return TorchScriptEngine(artifact, **kwargs)
 
 
-@pytest.fixture(params=["onnx", "torchscript"])
+KINDS = ["onnx", "torchscript", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""An engine, or the device of the device engine; on "cpu" that has the slots, buckets and keys of a GPU, and no graphs."""
+
+
+@pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
 
@@ -97,12 +105,13 @@ def test_rows_refined_in_slots_equal_rows_refined_by_hand(engine):
     assert all(np.array_equal(value, by_hand[name]) for name, value in kept.items())
 
 
-def test_both_engines_give_the_same_answers_through_the_scheduler(artifact):
+@pytest.mark.parametrize("other", KINDS[1:])
+def test_all_engines_give_the_same_answers_through_the_scheduler(artifact, other):
     rng = np.random.default_rng(0)
     x = (rng.random((3, artifact.card.x.size)) < 0.4).astype(np.float32)
     ask = Ask(samples=4, trace=artifact.card.iterative, importance_samples=50, z=2, mean=True)
     answers = []
-    for kind in ("onnx", "torchscript"):
+    for kind in ("onnx", other):
         scheduler = Scheduler(clock=Clock())
         scheduler.add_model("m", make(kind, artifact))
         answers.append(run(scheduler, job(3, 5, x=x, ask=ask))[0])
@@ -137,7 +146,7 @@ def test_wrong_weights_are_refused_by_name_of_program_and_output(kind, copy, art
 
 
 def test_a_program_that_is_not_one_is_refused(kind, copy, artifact):
-    (copy / artifact.card.programs["decode"].files[kind]).write_bytes(b"not a program")
+    (copy / artifact.card.programs["decode"].files["onnx" if kind == "onnx" else "torchscript"]).write_bytes(b"not a program")
     with pytest.raises(ArtifactError, match="cannot load"):
         make(kind, reopened(copy, artifact.card))
 
