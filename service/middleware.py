@@ -12,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import problem_response, unforeseen
 from service.telemetry import LOG, Call, Metrics
 
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
+"""W3C trace context: version, trace id, parent id, flags; later versions may add to it."""
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -39,7 +41,7 @@ class RequestMiddleware:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception:
-            LOG.exception("unforeseen failure", extra={"request_id": call.request_id, "path": scope["path"]})
+            LOG.exception("unforeseen failure", extra={"request_id": call.request_id, "path": scope["path"], **_trace(scope)})
             if status == 0:
                 reply = problem_response(unforeseen(instance=scope["path"], request_id=call.request_id))
                 await reply(scope, receive, send_with_id)
@@ -55,6 +57,7 @@ class RequestMiddleware:
                         "path": scope["path"],
                         "status": status,
                         "duration_ms": round(seconds * 1e3, 3),
+                        **_trace(scope),
                     },
                 )
 
@@ -64,3 +67,11 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _GIVEN_ID.fullmatch(value):
             return bytes(value).decode()
     return secrets.token_hex(16)
+
+
+def _trace(scope: Scope) -> dict[str, str]:
+    """The trace that the client says this request belongs to; read only when a line is written."""
+    for name, value in scope["headers"]:
+        if name == b"traceparent" and (found := _TRACEPARENT.fullmatch(value)):
+            return {"trace_id": found[1].decode(), "parent_id": found[2].decode()}
+    return {}

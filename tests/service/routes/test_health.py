@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+import subprocess
+
+import pytest
+
 
 def test_a_server_with_models_is_alive_and_ready(service):
     assert service.get("/livez").json() == {"live": True}
@@ -49,3 +55,33 @@ def test_the_front_page_names_the_models_and_links_the_docs(service):
     assert "digits &amp; &lt;tests&gt;" in page.text
     assert 'href="/docs"' in page.text
     assert service.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "trace"),
+    [
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "4bf92f3577b34da6a3ce929d0e0e4736"),
+        ("01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-later", "4bf92f3577b34da6a3ce929d0e0e4736"),
+        ("00-00000000000000000000000000000000-00f067aa0ba902b7-01", None),
+        ("ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", None),
+        ("nonsense", None),
+    ],
+)
+def test_the_log_names_the_trace_that_a_client_began(service, caplog, header, trace):
+    with caplog.at_level(logging.DEBUG, logger="elbow"):
+        service.get("/livez", headers={"traceparent": header})
+    (line,) = [record for record in caplog.records if record.message == "request"]
+    assert getattr(line, "trace_id", None) == trace
+
+
+def test_promtool_finds_no_fault_in_the_metrics(service):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool (Debian's prometheus) is not installed")
+    service.post("digits/encode", {"inputs": [[0.0] * 784], "steps": 3, "return": ["trace"]})
+    service.post("digits/encode", {})
+    text = service.get("/metrics").text
+    assert "elbow_elbo_gain_nats_sum" in text
+    assert "elbow_elbo_quantile_bucket" in text
+    checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
