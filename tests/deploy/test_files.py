@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from service.settings import FOREIGN, PREFIX, Settings
-from service.telemetry import Metrics
+from service.telemetry import Call, Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -123,12 +123,20 @@ def expressions() -> dict[str, str]:
 
 
 def exposed() -> set[str]:
-    """The names of all samples that a server exposes."""
+    """The names of all samples that a server exposes once it has seen a model, a request, a refusal and a key."""
     metrics = Metrics()
     metrics.watch(dict)
     metrics.watch_streams(dict)
-    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
-    return {family.name + suffix for family in metrics.registry.collect() for suffix in suffixes[family.type]}
+    metrics.of_model("m", "1")
+    metrics.answered(Call("id"), 200, 0.1)
+    metrics.refusals.labels("overloaded")
+    metrics.of_key("k")
+    metrics.of_key_work("k")
+    families = list(metrics.registry.collect())
+    names = {sample.name for family in families for sample in family.samples}
+    # what is collected from the scheduler has samples only where a model is loaded
+    scheduled = [family for family in families if re.match("elbow_(scheduler|stream)", family.name) and not family.samples]
+    return names | {family.name + ("_total" if family.type == "counter" else "") for family in scheduled}
 
 
 @pytest.mark.parametrize("where", expressions())
