@@ -90,15 +90,18 @@ def methods_of(card: Card) -> dict[str, Method]:
     return {method.name: method for method in methods}
 
 
+def default_method(card: Card) -> str:
+    """What a request gets that names no method."""
+    return next(iter(methods_of(card)))
+
+
 def method_named(name: Any, card: Card) -> Method:
-    """The method that the parameter `method` names; None: the default.
+    """The method that the parameter `method` names.
 
     Raises:
         InvalidInput: there is no such method.
     """
     methods = methods_of(card)
-    if name is None:
-        return next(iter(methods.values()))
     if not isinstance(name, str) or name not in methods:
         given = f'"{name[:40]}"' if isinstance(name, str) else "that"
         raise InvalidInput.at("parameters.method", f"{card.name} has no method {given}: one of {', '.join(methods)}")

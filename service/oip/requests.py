@@ -12,7 +12,7 @@ from service.body import check_announced, read_bytes
 from service.deps import model_of
 from service.errors import InvalidInput, UnknownModel, UnsupportedMedia
 from service.inflate import IDENTITY, check_encoding, inflate
-from service.oip.methods import Method, method_named
+from service.oip.methods import Method, default_method, method_named
 from service.oip.sequences import SequenceControl, read_control
 from service.oip.wire import HEAD_LENGTH, Inference, read_inference
 from service.repository import ServedModel
@@ -82,7 +82,7 @@ def ask(received: Received, card: Card, limit: int) -> Asked:
     inference = read_inference(inflate(received.raw, received.encoding, limit), received.head_length, card.x)
     parameters = dict(inference.parameters)
     control = read_control(parameters)
-    method = method_named(parameters.pop("method", None), card)
+    method = method_named(parameters.pop("method", default_method(card)), card)
     if parameters.pop("priority", 0) != 0:
         raise InvalidInput.at("parameters.priority", "is not supported: the earliest deadline comes first")
     timeout_us = parameters.pop("timeout", None)

@@ -225,6 +225,7 @@ def test_a_tensor_that_does_not_fit_is_a_400_that_says_why(service, call, change
         ({"parameters": {"binary_data_output": "yes"}}, "must be true or false"),
         ({"parameters": {"method": "dream"}}, "one of encode, refine, reconstruct, score, generate"),
         ({"parameters": {"method": 3}}, "has no method"),
+        ({"parameters": {"method": None}}, "has no method"),
         ({"parameters": {"steps": "3"}}, "steps: must be a whole number"),
         ({"parameters": {"steps": 65}}, "more than this model's maximum of 64"),
         ({"parameters": {"samples": 17}}, "maximum of 16"),
