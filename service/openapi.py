@@ -15,6 +15,7 @@ from service import schemas
 from service.arrays import LARGEST
 from service.errors import FRAMEWORK_CODES, PROBLEM_JSON, STATUS
 from service.jobs import MAX_DIRECT_STEPS, Limits
+from service.noise import MAX_STEP
 from service.oip import openapi as oip
 from service.repository import ServedModel
 from service.routes.infer import ENDPOINTS, Endpoint
@@ -225,7 +226,7 @@ def _posterior_in(card: Card) -> Json:
         "type": "object",
         "required": ["step", "levels"],
         "properties": {
-            "step": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+            "step": {"type": "integer", "minimum": 0, "maximum": MAX_STEP - card.max_steps},
             "levels": {"type": "array", "prefixItems": levels, "minItems": len(levels), "maxItems": len(levels), "items": False},
             "carry": {"type": ["string", "null"]},
         },
