@@ -12,6 +12,7 @@ from typing import Any
 
 from models.artifact import Card, XSpec
 from service import schemas
+from service.access import OPEN_PATHS
 from service.arrays import LARGEST
 from service.errors import FRAMEWORK_CODES, PROBLEM_JSON, STATUS
 from service.jobs import MAX_DIRECT_STEPS, Limits
@@ -46,6 +47,12 @@ def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], l
     paths["/v1/token"] = {"post": _token()}
     text: Json = {"200": {"description": "text"}}
     paths["/metrics"] = {"get": {"summary": "Prometheus metrics.", "tags": ["health"], "security": [], "responses": text}}
+    for path, operations in paths.items():  # what service/access.py does to every call
+        for operation in operations.values():
+            if path in OPEN_PATHS:
+                operation["security"] = []
+            else:
+                operation["responses"] = _problems((401,)) | operation["responses"]
     return {
         "openapi": "3.1.0",
         "info": {
