@@ -102,16 +102,11 @@ def _caller(scope: Scope, server: Server) -> Caller:
     Raises:
         Unauthorized: none, or one that is not known here.
     """
-    keys, shown, token = server.keys, None, ""
-    if scope["type"] == "websocket":
-        token = _take_token(scope)
+    keys = server.keys
+    token = _take_token(scope) if scope["type"] == "websocket" else ""
     if keys.is_open and not keys.has_admin:
         return ANYBODY
-    for name, value in scope["headers"]:
-        if name == b"x-api-key":
-            shown = value.strip()
-        elif name == b"authorization" and value[:7].lower() == b"bearer " and shown is None:
-            shown = value[7:].strip()
+    shown = _shown(scope, keys.is_open)
     if shown:
         caller = keys.identify(shown)
         if caller is not None:
@@ -127,6 +122,28 @@ def _caller(scope: Scope, server: Server) -> Caller:
             return caller
         raise Unauthorized("this token is not one of this server's, or has expired: POST /v1/token gives another")
     raise Unauthorized("an API key is needed: send Authorization: Bearer KEY, or X-API-Key: KEY")
+
+
+def _shown(scope: Scope, is_open: bool) -> bytes:
+    """The key in the headers; an open server, whose clients may show what they like to others, does not mind which.
+
+    Raises:
+        Unauthorized: the headers hold two different keys, or none where one belongs.
+    """
+    shown = b""
+    for name, value in scope["headers"]:
+        if name == b"x-api-key":
+            key = value.strip()
+        elif name == b"authorization":
+            key = value[7:].strip() if value[:7].lower() == b"bearer " else b""
+            if not key and not is_open:
+                raise Unauthorized("Authorization must be Bearer KEY")
+        else:
+            continue
+        if shown and key != shown and not is_open:
+            raise Unauthorized("two different keys are shown: send one")
+        shown = key
+    return shown
 
 
 def _take_token(scope: Scope) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 
 from models.artifact import Card, XSpec
 from service import schemas
+from service.access import OPEN_PATHS
 from service.arrays import LARGEST
 from service.errors import FRAMEWORK_CODES, PROBLEM_JSON, STATUS
 from service.jobs import MAX_DIRECT_STEPS, Limits
+from service.noise import MAX_STEP
 from service.oip import openapi as oip
 from service.repository import ServedModel
 from service.routes.infer import ENDPOINTS, Endpoint
@@ -45,6 +47,12 @@ def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], l
     paths["/v1/token"] = {"post": _token()}
     text: Json = {"200": {"description": "text"}}
     paths["/metrics"] = {"get": {"summary": "Prometheus metrics.", "tags": ["health"], "security": [], "responses": text}}
+    for path, operations in paths.items():  # what service/access.py does to every call
+        for operation in operations.values():
+            if path in OPEN_PATHS:
+                operation["security"] = []
+            else:
+                operation["responses"] = _problems((401,)) | operation["responses"]
     return {
         "openapi": "3.1.0",
         "info": {
@@ -225,7 +233,7 @@ def _posterior_in(card: Card) -> Json:
         "type": "object",
         "required": ["step", "levels"],
         "properties": {
-            "step": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+            "step": {"type": "integer", "minimum": 0, "maximum": MAX_STEP - card.max_steps},
             "levels": {"type": "array", "prefixItems": levels, "minItems": len(levels), "maxItems": len(levels), "items": False},
             "carry": {"type": ["string", "null"]},
         },

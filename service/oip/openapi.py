@@ -59,7 +59,7 @@ def _infer(model: ServedModel, native: Json, row: Json, problems: Problems) -> J
         "properties": {"name": {"const": "x"}, "shape": {"const": [1, *card.x.shape]}, "datatype": {"const": "FP32"}, "data": row},
         "additionalProperties": False,
     }
-    parameters = {name: native[name] for name in PARAMETERS if name in native} | {"method": {"enum": methods[:1]}}
+    parameters = {name: native[name] for name in PARAMETERS if name in native} | {"method": {"enum": [*methods[:1], None]}}
     if "seed" in parameters and "anyOf" in parameters["seed"]:
         parameters["seed"] = parameters["seed"]["anyOf"][0]  # a parameter of the protocol is a single value
     schema = {
