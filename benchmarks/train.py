@@ -32,7 +32,7 @@ from models.catalogue import FilterModel, LatentModel, build, build_filter
 from training.runs import RUNS
 from training.sequence_config import SequenceRunConfig
 from training.sequence_step import Chunk
-from training.sequence_update import SequenceGradients
+from training.sequence_update import SIGHTINGS, SequenceGradients
 from training.step import fresh_noise
 from training.update import Gradients
 
@@ -40,6 +40,8 @@ Update = Callable[[], object]
 """Puts the gradients of one update on a model's parameters."""
 
 FLOAT32_LIMIT, BFLOAT16_SLACK = 1e-3, 1.5
+CALLS_TO_COMPILE = SIGHTINGS
+"""A chunk's shape is compiled when it comes for the second time."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,9 @@ def main() -> None:
     parser.add_argument("--keep", default="train", help="results/<KEEP>.json; nothing: not kept")
     args = parser.parse_args()
     device = torch.device(args.device)
-    results = []
-    for name in args.cases:
-        results.append(measure(name, device, args.threads, args.seconds, args.tiny))
-        print(f"  {name}: {results[-1]['ratio']:.2f} ×", flush=True)
+    prepared = {name: prepare(name, device, args.threads, args.tiny) for name in args.cases}
+    print("everything is compiled, now to the timing", flush=True)
+    results = [measure(name, *prepared[name], args.threads, args.seconds) for name in args.cases]
     columns = ["update", "plain/s", "threads", "ours/s", "threads", "ratio", "gradients differ"]
     keys = ["update", "plain_per_s", "plain_threads", "ours_per_s", "ours_threads", "ratio", "gradients_differ"]
     print(table(columns, [[row[key] for key in keys] for row in results]))
@@ -83,7 +84,8 @@ def main() -> None:
         print(f"\nkept in {keep(args.keep, {'device': args.device, 'tiny': args.tiny, 'updates': results})}")
 
 
-def measure(name: str, device: torch.device, threads: Sequence[int], seconds: float, tiny: bool) -> dict[str, Any]:
+def prepare(name: str, device: torch.device, threads: Sequence[int], tiny: bool) -> tuple[float, dict[str, Update]]:
+    """How far the gradients of the two sides differ, and every contender, compiled."""
     run, precision = CASES[name]
     case = case_of(run, precision, device, tiny)
     differ = compare(case, case_of(run, None, device, tiny) if precision is not None else None)
@@ -91,8 +93,14 @@ def measure(name: str, device: torch.device, threads: Sequence[int], seconds: fl
     # compiled code is made for one number of threads, so each contender is one of its own
     for side, make in (("plain", case.plain), ("ours", case.ours)):
         for count in threads:
-            torch.set_num_threads(count)
             calls[f"{side} {count}"] = whole_update(copy.deepcopy(case.model), make, count)
+            for _ in range(CALLS_TO_COMPILE):
+                calls[f"{side} {count}"]()
+    return differ, calls
+
+
+def measure(name: str, differ: float, calls: dict[str, Update], threads: Sequence[int], seconds: float) -> dict[str, Any]:
+    """A row of the table."""
     us = time_in_turn(calls, seconds)
     best = {side: min(threads, key=lambda count: us[f"{side} {count}"]) for side in ("plain", "ours")}
     per_s = {side: 1e6 / us[f"{side} {count}"] for side, count in best.items()}
@@ -149,8 +157,7 @@ def compare(case: Case, exact: Case | None) -> float:
 def gradients_of(model: LatentModel | FilterModel, make: Callable[[Any], Update]) -> dict[str, Tensor]:
     model = copy.deepcopy(model)
     update = make(model)
-    # the first call of a chunk's shape is not compiled yet (training/sequence_update.py, SIGHTINGS)
-    for _ in range(2):
+    for _ in range(CALLS_TO_COMPILE):
         model.zero_grad(set_to_none=True)
         update()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

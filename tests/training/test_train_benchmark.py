@@ -35,4 +35,4 @@ def test_nothing_is_timed_if_the_gradients_differ(benchmark: ModuleType, monkeyp
     plain = benchmark.plain_static_update
     monkeypatch.setattr(benchmark, "plain_static_update", lambda model, x, noise: plain(model, 0.99 * x, noise))
     with pytest.raises(SystemExit, match="not the same update"):
-        benchmark.measure("mnist", torch.device("cpu"), [1], 0.0, tiny=True)
+        benchmark.prepare("mnist", torch.device("cpu"), [1], tiny=True)
