@@ -8,17 +8,18 @@ a whole chunk would be no faster and take T times as long to compile (docs/log.m
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from models.catalogue import FilterModel
 from models.generative.filter import FilterState
-from training.sequence_step import ChainFrame, Chunk, ChunkSeen, Flow, accumulate_sequence, chain_frame
+from training.sequence_step import ChainFrame, Chunk, ChunkSeen, Flow, accumulate_sequence
 
 Key = tuple[int, int, bool]
 """Rows, steps and whether missing entries are filled."""
@@ -45,17 +46,17 @@ class SequenceGradients:
 
     def __call__(self, chunk: Chunk, kl_weight: float) -> ChunkSeen:
         with autocast(chunk.x.device, self._precision):
-            return accumulate_sequence(self._model, chunk, kl_weight, self._chain(chunk))
+            return accumulate_sequence(self._model, chunk, kl_weight, lambda frame: self._faster(chunk, frame))
 
-    def _chain(self, chunk: Chunk) -> ChainFrame | None:
+    def _faster(self, chunk: Chunk, frame: ChainFrame) -> ChainFrame:
         if not self._wants_compiled:
-            return None
+            return frame
         key = (len(chunk.x), chunk.noise.shape[1] - 1, chunk.needs_filling)
         self._seen[key] += 1
         if key not in self._frames and self._seen[key] >= SIGHTINGS:
-            self._frames[key] = CompiledFrame(self._model, chunk, self._precision)
+            self._frames[key] = CompiledFrame(self._model, frame, self._precision)
             self.compilations += 1
-        return self._frames[key].chain() if key in self._frames else None
+        return self._frames[key].chain() if key in self._frames else frame
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> AbstractContextManager[object]:
@@ -64,27 +65,46 @@ def autocast(device: torch.device, precision: torch.dtype | None) -> AbstractCon
 
 
 class CompiledFrame:
-    """`chain_frame` for chunks of one shape, compiled. `chain()` gives it with the weights as they are now."""
+    """A frame of `model`'s chain for chunks of one shape, compiled at its first call. `chain()` gives it with the weights as they
+    are now."""
 
-    def __init__(self, model: FilterModel, chunk: Chunk, precision: torch.dtype | None):
+    def __init__(self, model: FilterModel, frame: ChainFrame, precision: torch.dtype | None):
         self._parameters = dict(model.named_parameters())
         self._precision = precision
-        # the weights of matrix products are rounded once per chunk: autocast would do it again for every frame
+        # the weights of matrix products are rounded, and turned, once per chunk: autocast would do it again for every frame
         self._matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        frame = _Frame(model, chunk.needs_filling)
+        self._frame = _Frame(model, frame)
+        self._compiled: Callable[..., tuple[FilterState, Flow]] | None = None
 
-        def pure(values: list[Tensor], *inputs: Any) -> tuple[FilterState, Flow]:
-            swapped = {f"model.{name}": value for name, value in zip(self._parameters, values, strict=True)}
-            with torch.no_grad(), autocast(chunk.x.device, precision):
-                after, flow = functional_call(frame, swapped, inputs)
-            # a compiled function's outputs are its own arrays
-            return {name: value + 0 for name, value in after.items()}, flow
+    def chain(self) -> ChainFrame:
+        values = self._values()
+        turned = [value.t().contiguous() for name, value in zip(self._parameters, values, strict=True) if name in self._matrices]
 
-        state = {name: value.detach().contiguous() for name, value in model.generative.start(len(chunk.x)).items()}
-        example = (state, chunk.x[:, 0].contiguous(), chunk.mask[:, 0].contiguous(), chunk.noise[0], chunk.x.new_ones(()))
-        with torch.autocast(chunk.x.device.type, enabled=False):
-            graph = make_fx(lambda *inputs: pure(*inputs))(self._values(), *example)  # noqa: PLW0108
-        self._compiled = torch.compile(graph, fullgraph=True)
+        def run(state: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor) -> tuple[FilterState, Flow]:
+            # of one layout, so that the graph is compiled once; the graph has its casts inside
+            state = {name: value.detach().contiguous() for name, value in state.items()}
+            inputs = (values, turned, state, x.contiguous(), mask.contiguous(), noise, kl_weight)
+            with torch.autocast(x.device.type, enabled=False):
+                if self._compiled is None:
+                    self._compiled = torch.compile(self._traced(*inputs), fullgraph=True)
+                return self._compiled(*inputs)
+
+        return run
+
+    def _traced(self, *inputs: Any) -> fx.GraphModule:
+        """The frame as a graph in which every matrix is read in the order it lies in: a product with a few rows and a matrix that
+        lies the other way takes about twice as long."""
+        traced = make_fx(lambda *inputs: self._pure(*inputs))(*inputs)  # noqa: PLW0108
+        given = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        matrices = [node for node, name in zip(given, self._parameters, strict=False) if name in self._matrices]
+        other = dict(zip(matrices, given[len(self._parameters) :], strict=False))
+        other |= {turned: matrix for matrix, turned in other.items()}
+        for node in list(traced.graph.nodes):
+            if node.target is torch.ops.aten.t.default and node.args[0] in other:
+                node.replace_all_uses_with(other[node.args[0]])
+                traced.graph.erase_node(node)
+        traced.recompile()
+        return traced
 
     def _values(self) -> list[Tensor]:
         return [
@@ -92,24 +112,20 @@ class CompiledFrame:
             for name, value in self._parameters.items()
         ]
 
-    def chain(self) -> ChainFrame:
-        values = self._values()
-
-        def run(state: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor) -> tuple[FilterState, Flow]:
-            # of one layout, so that the graph is compiled once; the graph has its casts inside
-            state = {name: value.detach().contiguous() for name, value in state.items()}
-            with torch.autocast(x.device.type, enabled=False):
-                return self._compiled(values, state, x.contiguous(), mask.contiguous(), noise, kl_weight)
-
-        return run
+    def _pure(self, values: list[Tensor], turned: list[Tensor], *inputs: Any) -> tuple[FilterState, Flow]:
+        swapped = {f"model.{name}": value for name, value in zip(self._parameters, values, strict=True)}
+        with torch.no_grad(), autocast(inputs[1].device, self._precision):
+            after, flow = functional_call(self._frame, swapped, inputs)
+        # a compiled function's outputs are its own arrays
+        return {name: value + 0 for name, value in after.items()}, flow
 
 
 class _Frame(nn.Module):
-    """`chain_frame` as a module, so that `functional_call` can put other parameters in."""
+    """A frame as a module, so that `functional_call` can put other parameters into its model."""
 
-    def __init__(self, model: FilterModel, fill: bool):
+    def __init__(self, model: FilterModel, frame: ChainFrame):
         super().__init__()
-        self.model, self.fill = model, fill
+        self.model, self.frame = model, frame
 
-    def forward(self, state: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor) -> tuple[FilterState, Flow]:
-        return chain_frame(self.model, state, x, mask, noise, kl_weight, fill=self.fill)
+    def forward(self, *inputs: Any) -> tuple[FilterState, Flow]:
+        return self.frame(*inputs)

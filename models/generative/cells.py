@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 class Cell(nn.Module, ABC):
@@ -34,6 +37,13 @@ class Cell(nn.Module, ABC):
     def advance(self, projected: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The next state from this step's projected input (B, gates · hidden)."""
 
+    def run(self, projected: Tensor, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The T + 1 states over known projected inputs (B, T, gates · hidden)."""
+        states = [{name: state[name] for name in self.names}]
+        for inputs in projected.unbind(1):
+            states.append(self.advance(inputs, states[-1]))
+        return states
+
 
 class LSTMCell(Cell):
     """Hochreiter & Schmidhuber 1997 with forget gates that start open: c′ = σ(f) c + σ(i) tanh(g), h′ = σ(o) tanh(c′)."""
@@ -54,6 +64,59 @@ class LSTMCell(Cell):
         i, f, o = opened.split(self.hidden, -1)
         c = f * state["c"] + i * g
         return {"h": o * torch.tanh(c), "c": c}
+
+    def run(self, projected: Tensor, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        h, c = _LSTMRun.apply(projected, self.recurrent.weight, state["h"], state["c"])
+        return [state, *({"h": now, "c": cell} for now, cell in zip(h.unbind(0), c.unbind(0), strict=True))]
+
+
+class _LSTMRun(Function):
+    """An LSTM over T known inputs, with its backward pass by hand: autograd would make the recurrent weights' gradient of T
+    products with B rows each, and add up T arrays of their size; here it is one product with T · B rows.
+
+    Matrix products run in the precision in which `projected` comes (under autocast that of the product it was made by).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, weight: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """projected: (B, T, 4 · hidden). weight: (4 · hidden, hidden). Gives h and c after each input, (T, B, hidden)."""
+        hidden, matrix = weight.shape[1], weight.to(projected.dtype)
+        hs, cs, opened, gs = [h], [c], [], []
+        for a in projected.unbind(1):
+            pre = (a + nn.functional.linear(hs[-1].to(matrix.dtype), matrix)).to(h.dtype)
+            opened.append(torch.sigmoid(pre[:, : 3 * hidden]))
+            gs.append(torch.tanh(pre[:, 3 * hidden :]))
+            i, f, o = opened[-1].split(hidden, -1)
+            cs.append(f * cs[-1] + i * gs[-1])
+            hs.append(o * torch.tanh(cs[-1]))
+        h_all, c_all = torch.stack(hs), torch.stack(cs)
+        ctx.save_for_backward(matrix, h_all, c_all, torch.stack(opened), torch.stack(gs))
+        ctx.precisions = projected.dtype, weight.dtype
+        # copies: what is saved must not be what is given out
+        return h_all[1:].clone(), c_all[1:].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        matrix, h_all, c_all, opened, g = ctx.saved_tensors
+        hidden, (given, kept) = matrix.shape[1], ctx.precisions
+        i, f, o = opened.split(hidden, -1)
+        slopes, tanh_c = opened * (1 - opened), torch.tanh(c_all[1:])
+        # what ∂c sends into i and f, into g, and what ∂h sends into o and c: of all steps at once
+        into_if = slopes[..., : 2 * hidden] * torch.cat([g, c_all[:-1]], -1)
+        into_g, into_o, into_c = i * (1 - g.square()), slopes[..., 2 * hidden :] * tanh_c, o * (1 - tanh_c.square())
+        pre = torch.empty(*opened.shape[:2], 4 * hidden, dtype=opened.dtype, device=opened.device)
+        dh, dc = torch.zeros_like(h_all[0]), torch.zeros_like(h_all[0])
+        for t in reversed(range(len(g))):
+            dh, dc = dh + grads[0][t], dc + grads[1][t]
+            dc = torch.addcmul(dc, dh, into_c[t])
+            pre[t, :, : 2 * hidden] = into_if[t] * dc.repeat(1, 2)
+            pre[t, :, 2 * hidden : 3 * hidden] = into_o[t] * dh
+            pre[t, :, 3 * hidden :] = into_g[t] * dc
+            dh, dc = (pre[t].to(matrix.dtype) @ matrix).to(dc.dtype), dc * f[t]
+        rows = pre.to(matrix.dtype)
+        weight = rows.flatten(0, 1).mT @ h_all[:-1].to(matrix.dtype).flatten(0, 1)
+        return rows.transpose(0, 1).to(given), weight.to(kept), dh, dc
 
 
 class GRUCell(Cell):

@@ -55,7 +55,4 @@ class RecurrentFilter(FilterGenerative):
 
     def _run(self, projected: Tensor, state: FilterState) -> list[FilterState]:
         """The core over projected inputs (B, T, n): its T + 1 states."""
-        states = [{name: state[name] for name in self.cell.names}]
-        for frame in projected.unbind(1):
-            states.append(self.cell.advance(frame, states[-1]))
-        return states
+        return self.cell.run(projected, {name: state[name] for name in self.cell.names})

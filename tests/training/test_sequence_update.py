@@ -15,8 +15,9 @@ from training.sequence_update import SIGHTINGS, SequenceGradients
 B, T = 3, 4
 
 
-def chunk_of(model: FilterModel, rows: int, generator: torch.Generator, steps: int = 1) -> Chunk:
+def chunk_of(model: FilterModel, rows: int, generator: torch.Generator, steps: int = 1, complete: bool = False) -> Chunk:
     x, mask = frames(model.generative, rows, T, generator)
+    mask = torch.ones_like(mask) if complete else mask
     noise = torch.randn(T, steps + 1, rows, 1, model.generative.latent_sizes[0], generator=generator, dtype=x.dtype)
     return Chunk(x, mask, torch.ones(rows, T, dtype=x.dtype), noise)
 
@@ -35,15 +36,16 @@ def both(model: FilterModel, update: SequenceGradients, chunk: Chunk) -> tuple[C
 
 
 @pytest.mark.parametrize("how", ["traced", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("generative", "complete"), [("vrnn", False), ("srnn", True)], ids=["vrnn with missing entries", "srnn foreseen"])
 def test_a_compiled_chain_gives_the_eager_gradients_with_the_weights_of_the_moment(
-    how: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    how: str, generative: str, complete: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if how == "traced":
         # the graph itself, run as it stands: the compiler takes half a minute
         monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
-    model = small_filter("vrnn", "avf")
+    model = small_filter(generative, "avf with x" if complete else "avf")
     update = SequenceGradients(model)
-    chunk = chunk_of(model, B, generator)
+    chunk = chunk_of(model, B, generator, complete=complete)
     for _ in range(SIGHTINGS + 1):
         measured, expected, compiled, eager = both(model, update, chunk)
         assert_close(compiled, eager)
@@ -56,18 +58,21 @@ def test_a_compiled_chain_gives_the_eager_gradients_with_the_weights_of_the_mome
     assert len(update._frames) == 1
     # from the state of the last chunk, and with a number of rows that comes only once
     carried = Chunk(chunk.x, chunk.mask, chunk.weights, chunk.noise, measured.state)
-    for other in (carried, chunk_of(model, B - 1, generator)):
+    for other in (carried, chunk_of(model, B - 1, generator, complete=complete)):
         _, _, compiled, eager = both(model, update, other)
         assert_close(compiled, eager)
     assert len(update._frames) == 1
 
 
-def test_a_chain_in_reduced_precision_stays_near_the_full_one(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "with missing entries"])
+def test_a_chain_in_reduced_precision_stays_near_the_full_one(
+    complete: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
     model = small_filter("srnn", "avf", torch.float32)
     update = SequenceGradients(model, torch.bfloat16)
     for _ in range(SIGHTINGS + 1):
-        measured, expected, reduced, full = both(model, update, chunk_of(model, B, generator))
+        measured, expected, reduced, full = both(model, update, chunk_of(model, B, generator, complete=complete))
         assert_close(measured.elbo, expected.elbo, rtol=0.05, atol=0.1)
         assert measured.elbo.dtype == torch.float32
         for name, value in full.items():
