@@ -23,6 +23,8 @@ from service.telemetry import LOG, Metrics
 
 REPLY_S = 2
 """After the scheduler has stopped, for the last replies to leave."""
+LAST_S = 0.2
+"""After the listeners have closed, for requests of connections that were taken in the last instant to be read and refused."""
 LOOK_S = 0.05
 
 
@@ -41,6 +43,9 @@ class DrainingServer(uvicorn.Server):
         server.refusing = True
         await server.hand_over_streams()
         await server.stop(self._settings.drain_s)  # the listeners stay open: who comes late is told so
+        for listener in self.servers:
+            listener.close()
+        await self._sleep(LAST_S)
         await super().shutdown(sockets)
 
     async def _sleep(self, seconds: float) -> None:
