@@ -44,8 +44,11 @@ check: $(VENV)/.dev  ## lint and strict types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## every script of benchmarks/, one table each
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+# load.py needs wrk and the peers' environments, image.py Docker, gpu.py has its own target, soak.py and overload.py take long.
+BENCH := $(filter-out $(patsubst %,benchmarks/%.py,load image gpu soak overload), $(wildcard benchmarks/[a-z]*.py))
+
+bench: $(VENV)/.dev  ## the benchmarks that need nothing but this machine and an hour, one table each
+	@set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:  ## remove .venv and the caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs") / "filters")
     parser.add_argument("--sets", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--evaluate-only", action="store_true", help="only what is trained already")
+    parser.add_argument("--evaluate-only", action="store_true", help="only runs that are finished already")
     parser.add_argument("--data", help="folder of data sets (default: as elbow-train finds them)")
     args = parser.parse_args()
     rows, kept = [], {}
@@ -71,7 +71,7 @@ def main() -> None:
                 folder = args.runs / f"{name}-s{seed}"
                 if not args.evaluate_only:
                     train(name, seed, folder, SECONDS[data_set], args.data)
-                if not (folder / "best").exists():
+                if not (folder / "final").exists():
                     continue
                 trained.append(last_line(folder))
                 for split in ("valid", "test") if data_set == "jsb" else ("valid",):
