@@ -44,9 +44,7 @@ class ElbowApp(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         server: Server = self.state.server
-        return describe_api(
-            server.repository.all(), server.repository.newest(), server.limits, needs_key=not server.keys.is_open
-        )
+        return describe_api(server.repository.all(), server.repository.newest(), server.limits, needs_key=not server.keys.is_open)
 
 
 def create_app(settings: Settings) -> FastAPI:

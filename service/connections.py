@@ -2,6 +2,10 @@
 
 uvicorn (httptools) takes a head of any size for any time; a connection that says nothing at all is kept for ever. Timers run only
 while something is missing, so that a request that arrives in one piece, as nearly all do, pays for none.
+
+Nor does uvicorn linger: a request refused by its head alone, while its body is still on the way, is answered and its
+connection closed, and the kernel answers the body with a reset, which at the client destroys the answer before it is read.
+Here such a connection is closed one way only, and what still comes is thrown away for a moment (RFC 9112, section 9.6).
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -16,6 +21,8 @@ from service.errors import ClientIdle, ElbowError, HeadTooLarge, Overloaded, err
 from service.telemetry import Metrics
 
 BACK_IN_S = 1.0
+LINGER_S = 1.0
+"""After an answer that did not wait for the request's end: time for the client to read it before the connection is gone."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,13 @@ def guarded(patience: Patience, metrics: Metrics) -> type[HttpToolsProtocol]:
     """The protocol class to give to uvicorn."""
 
     class GuardedProtocol(HttpToolsProtocol):
-        _head_open, _head_bytes = False, 0
+        _head_open, _head_bytes, _lingers = False, 0, False
         _waiting: asyncio.TimerHandle | None = None
         _sending: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._last_words = _LastWords(self)
             metrics.connections.set(len(self.connections))
             if len(self.connections) > patience.max_connections:
                 error = Overloaded(f"{patience.max_connections} connections are open, no more are taken", retry_after_s=BACK_IN_S)
@@ -58,7 +66,7 @@ def guarded(patience: Patience, metrics: Metrics) -> type[HttpToolsProtocol]:
             self._stop_sending()
 
         def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
+            if self._lingers or self.transport.is_closing():
                 return
             super().data_received(data)
             if not self._head_open:
@@ -69,6 +77,24 @@ def guarded(patience: Patience, metrics: Metrics) -> type[HttpToolsProtocol]:
                 self._refuse(_too_large())
             elif self._waiting is None and not self.transport.is_closing():
                 self._wait()
+
+        def eof_received(self) -> None:
+            if self._lingers:
+                self.transport.close()
+
+        def shutdown(self) -> None:
+            if not self._lingers:
+                super().shutdown()
+
+        def linger(self) -> None:
+            """Says no more, and hears the client out for LINGER_S."""
+            if self._lingers or self.transport.is_closing():
+                return
+            self._lingers = True
+            self._stop_waiting()
+            if self.transport.can_write_eof():  # TLS has no half-closed connections
+                self.transport.write_eof()
+            self.loop.call_later(LINGER_S, self.transport.close)
 
         def handle_websocket_upgrade(self) -> None:
             self._head_open = False
@@ -90,6 +116,8 @@ def guarded(patience: Patience, metrics: Metrics) -> type[HttpToolsProtocol]:
                 self._refuse(_too_large())
                 return
             super().on_headers_complete()
+            if self.cycle is not None:
+                self.cycle.transport = self._last_words  # type: ignore[assignment]  # the three methods a cycle uses
 
         def on_body(self, body: bytes) -> None:
             if self.cycle is not None:
@@ -141,9 +169,22 @@ def guarded(patience: Patience, metrics: Metrics) -> type[HttpToolsProtocol]:
             head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
             status = f"HTTP/1.1 {response.status_code} {HTTPStatus(response.status_code).phrase}\r\n"
             self.transport.write((status + head + "\r\n").encode() + bytes(response.body))
-            self.transport.close()
+            self.linger()
 
     return GuardedProtocol
+
+
+class _LastWords:
+    """The transport as a request's answer sees it: closing it waits for what the client is still sending."""
+
+    def __init__(self, protocol: Any):
+        self._protocol, self.write, self.is_closing = protocol, protocol.transport.write, protocol.transport.is_closing
+
+    def close(self) -> None:
+        if self._protocol.cycle.more_body:
+            self._protocol.linger()
+        else:
+            self._protocol.transport.close()
 
 
 def _too_large() -> HeadTooLarge:

@@ -110,7 +110,7 @@ def _carry(entry: dict[str, Any], path: str, kept: tuple[TensorSpec, ...], sha25
     if text is None:
         if needed:
             names = ", ".join(tensor.name for tensor in kept)
-            message = f'is required: this model keeps {names} between steps; send back the whole posterior of a reply'
+            message = f"is required: this model keeps {names} between steps; send back the whole posterior of a reply"
             raise InvalidInput.at(f"{path}.carry", message)
         return {tensor.name: np.zeros([int(size) for size in tensor.shape[1:]], tensor.dtype) for tensor in kept}
     try:

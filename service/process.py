@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
@@ -24,7 +26,7 @@ from service.telemetry import LOG, Metrics
 REPLY_S = 2
 """After the scheduler has stopped, for the last replies to leave."""
 LAST_S = 0.2
-"""After the listeners have closed, for requests of connections that were taken in the last instant to be read and refused."""
+"""After the listeners have closed, for requests of connections taken in the last instant to be read and refused."""
 LOOK_S = 0.05
 
 
@@ -43,10 +45,31 @@ class DrainingServer(uvicorn.Server):
         server.refusing = True
         await server.hand_over_streams()
         await server.stop(self._settings.drain_s)  # the listeners stay open: who comes late is told so
-        for listener in self.servers:
-            listener.close()
-        await self._sleep(LAST_S)
+        await self._take_the_last()
         await super().shutdown(sockets)
+
+    async def _take_the_last(self) -> None:
+        """Ends listening; whoever has connected by then is still let in, to be refused in words.
+
+        A connection that the kernel has made and nobody has accepted is reset when its listener closes. The event loop accepts once an
+        iteration, too seldom under load; so a second handle on each listener accepts all there is, and is closed in the same breath.
+        """
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            handles = [socket.socket(fileno=os.dup(listener.fileno())) for listener in server.sockets]
+            server.close()
+            for handle in handles:
+                handle.setblocking(False)
+                with handle:
+                    taken = list(_waiting_at(handle))
+                for connection in taken:
+                    await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+        await self._sleep(LAST_S)
+
+    def _protocol(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        return protocol
 
     async def _sleep(self, seconds: float) -> None:
         until = asyncio.get_running_loop().time() + seconds
@@ -55,6 +78,16 @@ class DrainingServer(uvicorn.Server):
             counter += 1
             await self.on_tick(counter)  # keeps the Date header right
             await asyncio.sleep(min(left, 2 * LOOK_S))
+
+
+def _waiting_at(listener: socket.socket) -> Iterator[socket.socket]:
+    while True:
+        try:
+            yield listener.accept()[0]
+        except ConnectionAbortedError:  # it has gone again
+            continue
+        except OSError:  # nobody is left, or nothing to hold them with
+            return
 
 
 def serve(app: ASGIApp, settings: Settings, metrics: Metrics) -> bool:

@@ -53,9 +53,7 @@ async def filter_frames(request: Request) -> Response:
     return replies.json_response(_reply(server, model, portion, frames, key_id, (began, fed)))
 
 
-def _reply(
-    server: Server, model: ServedModel, portion: Portion, frames: Frames, key_id: str, times: tuple[float, float]
-) -> dict[str, Any]:
+def _reply(server: Server, model: ServedModel, portion: Portion, frames: Frames, key_id: str, times: tuple[float, float]) -> dict[str, Any]:
     after = snapshot_after(portion, frames.settings, frames.snapshot.summary if frames.snapshot else FRESH)
     now = server.clock()
     return {

@@ -12,15 +12,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from service.keys import digest_of
 from tests.service.operations.conftest import add_version
 from tests.service.streams.conftest import FRAME, ServerProcess, sound
 from tests.service.streams.test_server import CLOSE, PATH, of, rest_of, results, talk
-
-pytestmark = pytest.mark.slow
 
 CLIENTS = 8
 BODY = {"inputs": [[0.5] * 20] * 2, "steps": 6, "return": ["elbo"]}
