@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +19,17 @@ import numpy as np
 
 from models.artifact import Arrays
 from service.engine.base import Engine, Given, Slots
-from service.errors import BackendFailure, DeadlineExceeded, InvalidInput
-from service.noise import MAX_STEP, Purpose
+from service.errors import BackendFailure, DeadlineExceeded
+from service.noise import Purpose
 from service.scheduler.best_so_far import BestSoFar
 from service.scheduler.cost import CostModel
+from service.scheduler.door import Door, steps_of
 from service.scheduler.final_stages import NO_SLOT, FinalStages
 from service.scheduler.job import Job, JobResult, StopReason, Timing
-from service.scheduler.load import Load, Work
+from service.scheduler.load import Load
 from service.scheduler.noise_ahead import KEPT_SAMPLES, Noise, NoiseAhead
 from service.scheduler.order import FairOrder
+from service.scheduler.pace import Pace
 from service.scheduler.queue import Ticket, WaitingLine
 from service.scheduler.reserve import Reserve
 from service.scheduler.results import Finished, blank
@@ -91,49 +93,17 @@ class StaticLane:
         self._ones = np.broadcast_to(np.float32(1), (self.slots, *card.x.shape))
         self._answered: list[Ticket] = []
         self._carry = [tensor.name for tensor in card.carry]
-        self._shapes = {"x": card.x.shape, "mask": card.x.shape, **{tensor.name: tensor.shape[1:] for tensor in card.carry}}
         self._init_has_noise = any(tensor.name.startswith("noise") for tensor in card.programs["init"].inputs)
-        self._overhead_s = 0.0
         self._gathering, self._parked = False, self._rows.active
         self.reserve, self.load = Reserve(self.reply_s), Load(self.max_wait_s)
+        self._pace = Pace(self.cost, self.slots, self.tick_s)
+        self._door = Door(card, self._rows, self.cost, self._pace, self._stages, self.load, self.reserve)
 
     # At the door, from any thread.
 
     def prepare(self, ticket: Ticket, now: float) -> None:
-        """Checks that the job fits the model and can be done in time, and predicts how long it takes.
-
-        Raises:
-            InvalidInput: more steps than the card or the noise allows, or arrays of the wrong shape.
-            DeadlineExceeded: not even what must be done fits before the deadline.
-        """
-        job, budget = ticket.job, ticket.job.budget
-        self._check(job)
-        together = min(job.rows, self.slots)
-        start = self.cost.seconds("init", together) + self.cost.seconds("score", together * job.ask.samples)
-        stages = self._stages.seconds(ticket) if self._stages.needed(ticket) else 0.0
-        final = self.reserve.typical + stages
-        at_once = self._places(self.tick_s)
-        rounds = math.ceil((self._rows.in_flight + job.rows) / at_once)
-        step = rounds * self.cost.seconds("step", min(at_once, self._rows.in_flight + job.rows))
-        steps = self._steps(ticket)
-        ticket.predicted_s = start + final + steps * step
-        ticket.work = self._work(ticket, steps, at_once, stages)
-        if budget.deadline is None:
-            return
-        ticket.deadline = budget.deadline - final
-        if budget.elastic:
-            ticket.predicted_s = min(ticket.predicted_s, budget.deadline - now)
-        needed = start if budget.elastic else start + steps * self.cost.seconds("step", together)
-        if now + needed > ticket.deadline:
-            what = "0 steps" if budget.elastic else f"{steps} steps"
-            raise DeadlineExceeded(
-                f"{what} would take {1e3 * (needed + final):.1f} ms, the deadline leaves {1e3 * (budget.deadline - now):.1f} ms"
-            )
-
-    def _work(self, ticket: Ticket, steps: int, at_once: int, stages: float) -> Work:
-        row_s = self.cost.seconds("init", at_once) + self.cost.seconds("score", at_once) * ticket.job.ask.measure
-        step_s = self.cost.seconds("step", at_once) / at_once
-        return self.load.work(ticket.rows, steps, ticket.job.budget.elastic, step_s, row_s / at_once + stages / max(1, ticket.rows))
+        """As `Door.prepare`."""
+        self._door.prepare(ticket, now)
 
     def replied(self, job: Job, result: JobResult) -> None:
         """The reply to a job is about to leave: what it took is learned from. Called where replies are made."""
@@ -141,27 +111,6 @@ class StaticLane:
         self.reserve.observe(now - result.timing.answered)
         if job.budget.deadline is not None and StopReason.DEADLINE in result.stop_reason:
             self.reserve.judge(job.budget.deadline - now, now)
-
-    def _check(self, job: Job) -> None:
-        """What must hold so that no job can spoil the batch of another."""
-        card, rows = self.engine.card, job.rows
-        if card.iterative and not 0 <= job.budget.steps <= card.max_steps:
-            raise InvalidInput.at("steps", f"must be between 0 and {card.max_steps}, got {job.budget.steps}")
-        if job.ask.samples < 1:
-            raise InvalidInput.at("samples", f"must be at least 1, got {job.ask.samples}")
-        if job.first_step is not None:
-            last = int(np.max(job.first_step, initial=0)) + job.budget.steps
-            if np.min(job.first_step, initial=0) < 0 or last > MAX_STEP:
-                raise InvalidInput.at("posterior.step", f"must be at least 0, and at most {MAX_STEP} after all steps")
-        shapes: Mapping[str, tuple[int | str, ...]] = self._shapes
-        given = [("x", job.x), ("mask", job.mask), *(job.carry or {}).items()]
-        if job.z is not None:
-            shapes = {level.name: (level.size,) for level in card.levels}
-            given = [(name, job.z.get(name, np.empty(0))) for name in shapes]
-        for name, value in given:
-            expected = (rows, *shapes[name]) if name in shapes else None
-            if value is not None and value.shape != expected:
-                raise InvalidInput.at(name, f"must have shape {expected}, got {value.shape}" if expected else "is not in the model's carry")
 
     @property
     def weight_waiting(self) -> int:
@@ -206,8 +155,7 @@ class StaticLane:
         if self._stages:
             self._finish(self._stages.tick(max(budget_s / 2, budget_s - (self.clock() - started)), self._fail_batch))
         else:
-            overhead = self.clock() - started - self._in_engine_s
-            self._overhead_s += 0.1 * (min(overhead, 2 * self._overhead_s + 1e-4) - self._overhead_s)
+            self._pace.observe(self.clock() - started - self._in_engine_s)
         self.counts.rows_in_flight = self._rows.in_flight
 
     def fail_all(self, error: Exception) -> None:
@@ -269,7 +217,7 @@ class StaticLane:
         events = job.on_step is not None and measurable
         tolerance = budget.tolerance if measurable else None
         every = (ask.trace and measurable) or events or tolerance is not None
-        steps = self._steps(ticket)
+        steps = steps_of(job, self.engine.card)
         reason = StopReason.STEPS if self.engine.card.iterative or job.x is None else StopReason.CONVERGED
         return (
             row,
@@ -290,9 +238,6 @@ class StaticLane:
             -1,
             CODE[reason],
         )
-
-    def _steps(self, ticket: Ticket) -> int:
-        return ticket.job.budget.steps if self.engine.card.iterative and ticket.job.x is not None else 0
 
     def _load(self, slots: Slots, taken: list[tuple[Ticket, int, int]]) -> None:
         """Writes x and mask, runs `init`, and puts what jobs brought along over the carry it made."""
@@ -402,7 +347,7 @@ class StaticLane:
     def _choose(self, budget_s: float) -> Slots:
         """The rows of this tick: all of them, or as many as their steps and measures fit into `budget_s`."""
         rows, active = self._rows, self._rows.active
-        places = self._places(budget_s)
+        places = self._pace.places(budget_s)
         chosen = self._order.first(places) if len(active) > places else active
         measured = rows.every[chosen] | (rows.measure[chosen] & (rows.done[chosen] + 1 >= rows.target[chosen]))
         score_s = self.cost.seconds("score", int(rows.samples[chosen[measured]].sum()))
@@ -412,20 +357,15 @@ class StaticLane:
             self._order.charge(chosen)
         return chosen
 
-    def _places(self, budget_s: float) -> int:
-        """How many rows a tick of `budget_s` steps: fewer would spend it on what a tick costs however many there are."""
-        fixed = self._overhead_s + self.cost.seconds("init", 1) + self.cost.seconds("score", 1)
-        return self.cost.largest("step", budget_s, self.slots, fixed)
-
     def _stop_late(self) -> None:
         """Stops rows for which one more step, its measure and the reply would miss the deadline."""
         rows, active = self._rows, self._rows.active
         deadlines = rows.deadline[active]
         if deadlines.min() == math.inf:
             return
-        places = self._places(self.tick_s)
+        places = self._pace.places(self.tick_s)
         together = min(places, len(active))
-        step = math.ceil(len(active) / places) * (self.cost.seconds("step", together) + self._overhead_s)
+        step = math.ceil(len(active) / places) * (self.cost.seconds("step", together) + self._pace.overhead_s)
         score = self.cost.seconds("score", int(together * rows.samples[active].mean()))
         now, unfinished, elastic = self.clock(), rows.target[active] > rows.done[active], rows.elastic[active]
         late = unfinished & elastic & (now + step + score + self.reserve.tail > deadlines)
