@@ -27,13 +27,14 @@ class DataConfig:
 class RefinementConfig:
     """K refinement steps per update, and S samples per step (antithetic: in pairs ε, −ε). A direct model only has S.
 
-    late: in φ's loss step i weighs in proportion to i, instead of all alike.
+    late: in φ's loss step i weighs in proportion to i, instead of all alike. chained: late steps teach the earlier ones too.
     """
 
     steps: int = 5
     samples: int = 1
     antithetic: bool = False
     late: bool = False
+    chained: bool = False
 
 
 @dataclass(frozen=True)

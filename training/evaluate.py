@@ -266,4 +266,3 @@ def _at(evaluation: Evaluation, step: int) -> str:
 
 def _generator(like: Tensor, seed: int) -> torch.Generator:
     return torch.Generator(like.device).manual_seed(seed)
-

@@ -75,9 +75,7 @@ class SequenceTrainer(RunLoop):
         refinement, (latent,) = self.run.refinement, self.filters.generative.latent_sizes
         rows, frames = batch.mask.shape
         steps = min(self.steps, self.run.steps_at(self.progress / self.run.epochs))
-        noise = torch.stack(
-            [torch.stack([self._noise(latent, rows, refinement.samples) for _ in range(steps + 1)]) for _ in range(frames)]
-        )
+        noise = torch.stack([torch.stack([self._noise(latent, rows, refinement.samples) for _ in range(steps + 1)]) for _ in range(frames)])
         x = self._transposed(batch.x)
         mask = batch.mask[..., None].expand_as(x).contiguous()
         return Chunk(x, mask, batch.mask, noise, self.state, None if self.state is None else batch.restart)

@@ -238,9 +238,7 @@ def _learn(
     return _seen(trace, rows, terms, after)
 
 
-def _learn_inference(
-    model: FilterModel, rows: _Rows, flow: Flow, reading: Context, last: tuple[Tensor, Tensor], terms: ElboTerms
-) -> None:
+def _learn_inference(model: FilterModel, rows: _Rows, flow: Flow, reading: Context, last: tuple[Tensor, Tensor], terms: ElboTerms) -> None:
     """φ's gradient from one call of f on every step of every frame. `reading`: what it reads of the frames themselves.
 
     What f read is fixed, and what the loss sends back into its answer λ_k is −∇λ L(λ_k)/K: known for k < K, since it is

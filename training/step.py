@@ -62,11 +62,14 @@ def accumulate(
     noise: FreshNoise,
     kl_weight: float | Tensor = 1.0,
     late: bool = False,
+    chained: bool = False,
 ) -> list[Seen]:
     """Adds the gradients of one update to φ and θ; gives what was seen after 0 … K steps (direct: one entry).
 
     `noise()` must give fresh noise at every call. `late`: w_i ∝ i instead of 1/K, so that the small gains of late steps
-    count beside the large ones of the first (Lin 2019, IODINE).
+    count beside the large ones of the first (Lin 2019, IODINE). `chained`: no stop-gradient on λ_{i−1}, so each term also
+    teaches the calls of f before it what they leave to the later ones; ∇λ L stays a mere input (no second derivatives;
+    Andrychowicz 2016).
     """
     if not model.inference.refines:
         state, _ = begin(model.generative, model.inference, x, mask)
@@ -93,7 +96,7 @@ def accumulate(
         new = model.inference.step(state, context, seen)
         outputs += _pairs(new.q)
         # stop-gradient between steps: no term reaches φ through an earlier call
-        state = _leaf(new)
+        state = new if chained else _leaf(new)
 
     last = _leaf(state, requires_grad=True)
     terms = elbo(model.generative, last.q, x, mask, noise())

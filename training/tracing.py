@@ -39,9 +39,7 @@ def weight_attribute(name: str) -> str:
 
 def example_inputs(program: Program, sizes: dict[str, int] = TRACE_SIZES, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Zeros of every input's shape."""
-    return [
-        torch.zeros([sizes[size] if isinstance(size, str) else size for size in spec.shape], dtype=dtype) for spec in program.inputs
-    ]
+    return [torch.zeros([sizes[size] if isinstance(size, str) else size for size in spec.shape], dtype=dtype) for spec in program.inputs]
 
 
 class _Call(nn.Module):
@@ -168,5 +166,3 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     return copy
-
-

@@ -63,9 +63,7 @@ def test_a_frame_of_another_number_of_rows_agrees_with_the_model(artifact: Artif
     three = [inputs[spec.name][[0, 2, 1]] for spec in served.programs[FRAME].inputs]
     with torch.no_grad():
         expected = served.programs[FRAME].function(*map(torch.from_numpy, three))
-    for spec, value, wanted in zip(
-        served.programs[FRAME].outputs, run_onnx(artifact.file(f"{FRAME}.onnx"), three), expected, strict=True
-    ):
+    for spec, value, wanted in zip(served.programs[FRAME].outputs, run_onnx(artifact.file(f"{FRAME}.onnx"), three), expected, strict=True):
         np.testing.assert_allclose(value, wanted.numpy(), rtol=1e-4, atol=1e-4, err_msg=spec.name)
 
 

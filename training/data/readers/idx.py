@@ -1,8 +1,8 @@
 """The original MNIST format (yann.lecun.com): gzip of a big-endian header and the bytes, row by row.
 
-    offset 0   int32   0x00000801 labels, 0x00000803 images: two zero bytes, 0x08 for uint8, the number of axes
-    offset 4   int32   size of each axis
-    then       uint8   the values
+offset 0   int32   0x00000801 labels, 0x00000803 images: two zero bytes, 0x08 for uint8, the number of axes
+offset 4   int32   size of each axis
+then       uint8   the values
 """
 
 from __future__ import annotations
