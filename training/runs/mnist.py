@@ -79,9 +79,23 @@ def mnist_iterative_polished() -> RunConfig:
 
 
 def mnist_iterative_late() -> RunConfig:
-    """Third phase, and the checkpoint served as `mnist-iterative`: late steps weigh more."""
+    """Third phase: late steps weigh more."""
     run = _polished(mnist_iterative_polished(), "mnist-iterative-late", epochs=8)
     return replace(run, refinement=replace(run.refinement, late=True))
+
+
+def mnist_iterative_chained() -> RunConfig:
+    """Fourth phase, and the checkpoint served as `mnist-iterative`: f also sees the last gradient and the step's number, and late
+    steps teach the earlier ones (cf. Andrychowicz 2016): both are what an optimiser has that gains momentum.
+    """
+    late = mnist_iterative_late()
+    run = _polished(late, "mnist-iterative-chained", epochs=10)
+    inference = IterativeArchitecture(encodings=(*ENCODINGS, "previous_grad", "step"))
+    return replace(
+        run,
+        architecture=replace(run.architecture, inference=inference),
+        refinement=replace(run.refinement, chained=True),
+    )
 
 
 def mnist_direct_polished() -> RunConfig:
