@@ -62,14 +62,14 @@ def accumulate(
     noise: FreshNoise,
     kl_weight: float | Tensor = 1.0,
     late: bool = False,
-    chained: bool = False,
+    greedy: int | None = None,
 ) -> list[Seen]:
     """Adds the gradients of one update to φ and θ; gives what was seen after 0 … K steps (direct: one entry).
 
     `noise()` must give fresh noise at every call. `late`: w_i ∝ i instead of 1/K, so that the small gains of late steps
-    count beside the large ones of the first (Lin 2019, IODINE). `chained`: no stop-gradient on λ_{i−1}, so each term also
-    teaches the calls of f before it what they leave to the later ones; ∇λ L stays a mere input (no second derivatives;
-    Andrychowicz 2016).
+    count beside the large ones of the first (Lin 2019, IODINE). `greedy`: only after so many first steps is there a
+    stop-gradient; the later terms also teach the calls of f before them what these leave to them, ∇λ L staying a mere input
+    (no second derivatives; Andrychowicz 2016). None: after every step, as published.
     """
     if not model.inference.refines:
         state, _ = begin(model.generative, model.inference, x, mask)
@@ -96,7 +96,7 @@ def accumulate(
         new = model.inference.step(state, context, seen)
         outputs += _pairs(new.q)
         # stop-gradient between steps: no term reaches φ through an earlier call
-        state = new if chained else _leaf(new)
+        state = _leaf(new) if greedy is None or k < greedy else new
 
     last = _leaf(state, requires_grad=True)
     terms = elbo(model.generative, last.q, x, mask, noise())

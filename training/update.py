@@ -27,16 +27,16 @@ class Gradients:
 
     Args:
         autocast: makes the context in which matrices may run at reduced precision.
-        late, chained: weigh late steps more; let their gradients reach earlier ones (`accumulate`).
+        late, greedy: weigh late steps more; how many first steps learn for themselves alone (`accumulate`).
         compiled: trace and compile at the first call; every later call must have the same shapes.
     """
 
     def __init__(
-        self, model: LatentModel, refinement_steps: int, autocast: Autocast, compiled: bool, late: bool = False, chained: bool = False
+        self, model: LatentModel, refinement_steps: int, autocast: Autocast, compiled: bool, late: bool = False, greedy: int | None = None
     ):
         self._model, self._autocast = model, autocast
         self._parameters = dict(model.named_parameters())
-        self._update = _Accumulate(model, refinement_steps, len(model.generative.latent_sizes), late, chained)
+        self._update = _Accumulate(model, refinement_steps, len(model.generative.latent_sizes), late, greedy)
         self._compiled: Callable[..., list[Tensor]] | None = None
         self._wants_compiled = compiled
 
@@ -70,14 +70,14 @@ class Gradients:
 class _Accumulate(nn.Module):
     """`accumulate` as a module, so that `functional_call` can put other parameters in."""
 
-    def __init__(self, model: LatentModel, refinement_steps: int, levels: int, late: bool, chained: bool):
+    def __init__(self, model: LatentModel, refinement_steps: int, levels: int, late: bool, greedy: int | None):
         super().__init__()
         self.model, self.refinement_steps, self.levels = model, refinement_steps, levels
-        self.late, self.chained = late, chained
+        self.late, self.greedy = late, greedy
 
     def forward(self, x: Tensor, mask: Tensor, kl_weight: Tensor, noise: list[Tensor]) -> list[Tensor]:
         draws = iter(zip(*(noise[level :: self.levels] for level in range(self.levels)), strict=True))
-        trace = accumulate(self.model, x, mask, self.refinement_steps, lambda: next(draws), kl_weight, self.late, self.chained)
+        trace = accumulate(self.model, x, mask, self.refinement_steps, lambda: next(draws), kl_weight, self.late, self.greedy)
         return [part for seen in trace for part in (seen.elbo, seen.log_likelihood, seen.grad_mu, seen.grad_log_sigma)]
 
 
