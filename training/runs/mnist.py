@@ -79,15 +79,14 @@ def mnist_iterative_polished() -> RunConfig:
 
 
 def mnist_iterative_late() -> RunConfig:
-    """Third phase: late steps weigh more."""
+    """Third phase, and the checkpoint served as `mnist-iterative`: late steps weigh more."""
     run = _polished(mnist_iterative_polished(), "mnist-iterative-late", epochs=8)
     return replace(run, refinement=replace(run.refinement, late=True))
 
 
 def mnist_iterative_chained() -> RunConfig:
-    """Fourth phase, and the checkpoint served as `mnist-iterative`: f also sees the last gradient and the step's number, and from the
-    third step on the later ones teach the earlier (cf. Andrychowicz 2016): both are what an optimiser has that gains momentum. The
-    first two stay greedy, for those whose budget they are.
+    """From there on, f also sees the last gradient and the step's number, and later steps teach the earlier ones (cf. Andrychowicz
+    2016): what an optimiser has that gains momentum. 0.05 nats more after 10 steps, 0.8 less after one (docs/log.md): not shipped.
     """
     late = mnist_iterative_late()
     run = _polished(late, "mnist-iterative-chained", epochs=10)
@@ -95,7 +94,7 @@ def mnist_iterative_chained() -> RunConfig:
     return replace(
         run,
         architecture=replace(run.architecture, inference=inference),
-        refinement=replace(run.refinement, greedy=2),
+        refinement=replace(run.refinement, greedy=0),
     )
 
 
