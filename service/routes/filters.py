@@ -61,6 +61,7 @@ def _reply(
     return {
         "model": model.name,
         "version": model.version,
+        "precision": model.precision,
         "seed": frames.settings["seed"],
         "results": server.shaper(model).results(portion, portion.stream.spec),
         "frame": after.frame,

@@ -59,6 +59,8 @@ def _served(server: Server, model: ServedModel) -> dict[str, Any]:
         "versions": server.repository.versions(model.name),
         "iterative": model.card.iterative,
         "engine": model.engine,
+        "precision": model.precision,
+        "precision_cost_nats": model.cost_nats,
         "sha256": model.sha256,
     }
 
