@@ -107,7 +107,7 @@ def to_int8(proto: Any, activations: Activations = per_row) -> int:
         (values, scale), (columns, worth), one = quantised[left], graph.weight(right), graph.constant("one", np.float32(1))
         product = graph.add("MatMulIntegerToFloat", values, columns, one, worth, graph.constant("zero", np.uint8(128)), domain=RUNTIME)
         last, inputs = ("Add", [graph.add("Mul", product, scale), *bias]) if bias else ("Mul", [product, scale])
-        graph.nodes.append(helper.make_node(last, inputs, list(node.output), name=f"{node.name}_int8"))
+        graph.nodes.append(helper.make_node(last, inputs, list(node.output), name=f"{node.output[0]}_int8"))
         products += 1
     if products:
         del proto.graph.node[:]
