@@ -7,6 +7,8 @@
         <program>.pt            TorchScript, its weights left empty: the loader fills them
         <program>.onnx          ONNX, its initialisers pointing into weights.safetensors by offset (so it lies beside it)
         reference.safetensors   inputs, noise and float64 outputs of every program, for the parity check at load
+        <program>.int8.onnx     optional: a program in a further precision, on the same weights.safetensors
+        elbo.safetensors        rows, noise and float64 ELBOs after the trained steps, which a further precision is held to
 
 The card holds the sha256 of every other file, so whoever trusts the card (by signature, or because they wrote it)
 trusts the whole directory. Nothing here is ever unpickled. Torch-free: training and service both import this module,
@@ -34,6 +36,7 @@ CARD = "artifact.json"
 SIGNATURE = "artifact.json.sig"
 WEIGHTS = "weights.safetensors"
 REFERENCE = "reference.safetensors"
+ELBO_REFERENCE = "elbo.safetensors"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 FILE_PATTERN = r"^(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*$"
 
@@ -118,6 +121,23 @@ class Quantiles(_Frozen):
     elbo: tuple[tuple[float, ...], ...]
 
 
+MAX_COST_NATS = 0.05
+"""What a further precision may cost, in nats of validation ELBO, to be offered at all."""
+
+
+class PrecisionSpec(_Frozen):
+    """A further precision of the programs that choose λ, and its measured cost. Programs not listed are those of the card.
+
+    The cost is float32's validation ELBO after the trained number of steps minus this one's, both measured in float32.
+    """
+
+    cost_nats: float = Field(le=MAX_COST_NATS, description="mean over rows")
+    cost_std: float = Field(ge=0, description="over rows")
+    rows: int = Field(ge=1)
+    samples: int = Field(ge=1, description="measuring samples per row")
+    programs: dict[str, dict[str, str]] = Field(min_length=1, description="program -> engine format -> file")
+
+
 class FileSpec(_Frozen):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
@@ -144,6 +164,7 @@ class Card(_Frozen):
     antithetic: bool = Field(description="the refining noise comes in pairs (ε, −ε)")
     precision: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     precision_cost_nats: float = 0.0
+    precisions: dict[Literal["int8"], PrecisionSpec] = Field(default_factory=dict, description="what the programs come in besides")
     programs: dict[str, ProgramSpec]
     curve: Curve
     quantiles: Quantiles
@@ -158,14 +179,24 @@ class Card(_Frozen):
             for array in level.parameters.values():
                 if carried and array not in carried:
                     raise ValueError(f"levels: {level.name!r} names the array {array!r}, which is not in the carry")
-        for program, spec in self.programs.items():
-            for file in spec.files.values():
-                if self.files and file not in self.files:
-                    raise ValueError(f"programs.{program}: the file {file!r} is not listed under files")
+        for name, precision in self.precisions.items():
+            if unknown := precision.programs.keys() - self.programs.keys():
+                raise ValueError(f"precisions.{name}: there is no program {min(unknown)!r}")
+        for place, file in self._named_files():
+            if self.files and file not in self.files:
+                raise ValueError(f"{place}: the file {file!r} is not listed under files")
         for file in self.files:
             if not re.match(FILE_PATTERN, file):
                 raise ValueError(f"files: {file!r} is not a plain path inside the artifact")
         return self
+
+    def _named_files(self) -> Iterable[tuple[str, str]]:
+        """(where the card names it, file)."""
+        for program, spec in self.programs.items():
+            yield from ((f"programs.{program}", file) for file in spec.files.values())
+        for name, precision in self.precisions.items():
+            for program, formats in precision.programs.items():
+                yield from ((f"precisions.{name}.{program}", file) for file in formats.values())
 
     @property
     def iterative(self) -> bool:
@@ -274,6 +305,19 @@ class Artifact:
             programs.setdefault(program, ({}, {}))[0 if side == "in" else 1][name] = value
         return programs
 
+    def elbo_reference(self) -> tuple[Arrays, Array]:
+        """What a further precision is held to: x (R, X) and, per level, the noise of K steps (K, R, S, D) and the measuring
+        noise (R, M, D), called `refine0`, `measure0`, …; and each row's float64 ELBO after those steps, (R,).
+
+        Raises:
+            ArtifactError: the artifact has none.
+        """
+        arrays = load_file(str(self.file(ELBO_REFERENCE)))
+        missing = {"x", "measure0", "elbo"} - arrays.keys()
+        if missing:
+            raise ArtifactError(f"{self.path}: {ELBO_REFERENCE} lacks {min(missing)}")
+        return arrays, arrays.pop("elbo")
+
 
 def write_card(path: Path, card: Card, signer: Signer | None = None) -> Card:
     """Hashes the files in `path`, completes the card with them and writes it, last, so that a crash leaves no valid artifact.
@@ -306,6 +350,11 @@ def write_reference(path: Path, programs: Mapping[str, tuple[Mapping[str, Array]
         for name, value in arrays.items()
     }
     save_file(flat, str(path / REFERENCE))
+
+
+def write_elbo_reference(path: Path, arrays: Mapping[str, Array], elbo: Array) -> None:
+    """Writes what `Artifact.elbo_reference` reads back."""
+    save_file({name: np.ascontiguousarray(value) for name, value in {**arrays, "elbo": elbo}.items()}, str(path / ELBO_REFERENCE))
 
 
 def list_versions(repository: Path) -> Iterable[tuple[str, str, Path]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from models.artifact import Arrays, Artifact, ArtifactError, Signer
 from service.engine.base import Engine
-from service.engine.parity import verify_parity
+from service.engine.parity import reduced_programs, verify_parity, verify_precision
 
 BATCHES = (1, 8, 64)
 WARM_UP_CALLS = 5
@@ -53,13 +53,17 @@ def run() -> int:
 
 
 def check(path: Path) -> int:
-    """Verifies hashes (and, with ELBOW_SIGNING_KEY, the signature), then the parity of every program on every engine installed."""
+    """Verifies hashes (and, with ELBOW_SIGNING_KEY, the signature), then every program on every engine installed: its parity, or the
+    nats that a further precision costs."""
     artifact = Artifact.open(path, _signer())
     card = artifact.card
     print(f"{card.name} {card.version}: {len(card.files)} files verified, {sum(file.bytes for file in card.files.values()):,} bytes")
     for engine in _engines(artifact, threads=1):
         for program, error in verify_parity(engine, artifact).items():
-            print(f"{engine.name:12} {program:18} largest error {error:.1e}")
+            print(f"{_label(engine):12} {program:18} largest error {error:.1e}")
+        if changed := ", ".join(reduced_programs(engine)):
+            lost, allowed = verify_precision(engine, artifact)
+            print(f"{_label(engine):12} {changed:18} loses {lost:.3f} nats, at most {allowed:.3f}; rows do not see their neighbours")
         engine.close()
     return 0
 
@@ -72,7 +76,7 @@ def bench(path: Path, threads: int) -> int:
     print(f"{'engine':12}" + "".join(f"{f'batch {batch}':>12}" for batch in BATCHES))
     for engine in _engines(artifact, threads):
         times = (1e6 * _seconds(engine, program, _tiled(artifact, program, batch)) for batch in BATCHES)
-        print(f"{engine.name:12}" + "".join(f"{microseconds:12.0f}" for microseconds in times))
+        print(f"{_label(engine):12}" + "".join(f"{microseconds:12.0f}" for microseconds in times))
         engine.close()
     return 0
 
@@ -97,10 +101,18 @@ def _engines(artifact: Artifact, threads: int) -> list[Engine]:
     from service.app import available_engines, build_engine
 
     formats = {format_ for program in artifact.card.programs.values() for format_ in program.files}
-    engines = [build_engine(artifact, name, threads) for name in available_engines() if name in formats]
+    engines = []
+    for name in available_engines():
+        if name in formats:
+            offered = artifact.card.precisions if name == "onnx" else ()
+            engines += [build_engine(artifact, name, threads, precision=precision) for precision in ("float32", *offered)]
     if not engines:
         raise ArtifactError(f"{artifact.path}: has {sorted(formats)}, installed are {available_engines()}: nothing can run it")
     return engines
+
+
+def _label(engine: Engine) -> str:
+    return engine.name if engine.precision == "float32" else f"{engine.name} {engine.precision}"
 
 
 def _tiled(artifact: Artifact, program: str, rows: int) -> Arrays:

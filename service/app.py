@@ -23,6 +23,7 @@ from service.deps import Server
 from service.direct import DirectRoutes
 from service.engine.base import Engine
 from service.engine.memory import DeviceMemory
+from service.engine.parity import PrecisionRefused
 from service.errors import ElbowError, handle_elbow_error, handle_http_exception
 from service.jobs import Limits
 from service.keys import KeyRing
@@ -55,7 +56,14 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         scheduler = Scheduler(queue_rows=settings.queue_rows, max_wait_s=settings.max_wait_s, streams=settings.max_streams)
         memory = DeviceMemory(settings.device_memory_mb * 2**20 or None)
-        build = partial(build_engine, engine=settings.engine, threads=settings.engine_threads, device=settings.device, memory=memory)
+        build = partial(
+            build_preferred,
+            settings.precision,
+            engine=settings.engine,
+            threads=settings.engine_threads,
+            device=settings.device,
+            memory=memory,
+        )
         repository = Repository(scheduler, build, _signer(settings), metrics=metrics, keep_s=settings.token_ttl_s, grace_s=settings.drain_s)
         repository.load_all(settings.repository)
         if settings.closed_form:
@@ -139,12 +147,27 @@ def _installed(library: str) -> bool:
         return False
 
 
-def build_engine(artifact: Artifact, engine: str, threads: int, device: str = "cpu", memory: DeviceMemory | None = None) -> Engine:
+def build_preferred(precision: str, artifact: Artifact, **where: Any) -> Engine:
+    """`build_engine` in `precision`; where that cannot be had, in float32, and the log says why: it costs time, never nats."""
+    try:
+        return build_engine(artifact, **where, precision=precision)
+    except PrecisionRefused as exc:
+        card = artifact.card
+        LOG.warning("served in float32", extra={"model": card.name, "version": card.version, "asked": precision, "reason": str(exc)})
+        return build_engine(artifact, **where)
+
+
+def build_engine(
+    artifact: Artifact, engine: str, threads: int, device: str = "cpu", memory: DeviceMemory | None = None, precision: str = "float32"
+) -> Engine:
     """`engine` is "onnx", "torchscript", or "auto": the first of the two that is installed, and on a GPU TorchScript.
 
     Raises:
         ArtifactError: no engine is installed, or the artifact does not run on it as it should.
+        PrecisionRefused: not in this precision.
     """
+    if precision != "float32" and (device != "cpu" or engine == "torchscript" or not _installed("onnxruntime")):
+        raise PrecisionRefused(f"{artifact.path}: {precision} needs ONNX Runtime on the CPU")
     if device != "cpu":
         if engine == "onnx" or not _installed("torch"):
             raise ArtifactError(f"ELBOW_DEVICE={device} needs TorchScript: set ELBOW_ENGINE to auto or torchscript, and install torch")
@@ -156,7 +179,7 @@ def build_engine(artifact: Artifact, engine: str, threads: int, device: str = "c
     if engine == "onnx":
         from service.engine.onnx import OnnxEngine
 
-        return OnnxEngine(artifact, threads=threads)
+        return OnnxEngine(artifact, threads=threads, precision=precision)
     if engine == "torchscript":
         from service.engine.torchscript import TorchScriptEngine
 

@@ -109,10 +109,12 @@ class Reply:
     version: str
     rows: list[Row]
     timing: dict[str, float] = field(default_factory=dict)
+    precision: str = "float32"
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Reply:
-        return cls(raw["model"], raw["version"], [Row.parse(row) for row in raw["results"]], raw["timing"])
+        rows = [Row.parse(row) for row in raw["results"]]
+        return cls(raw["model"], raw["version"], rows, raw["timing"], raw.get("precision", "float32"))
 
     @property
     def posteriors(self) -> list[Posterior]:

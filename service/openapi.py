@@ -330,10 +330,11 @@ def _reply_schema() -> Json:
     timing = {name: {"type": "number"} for name in ("queue_ms", "compute_ms", "predicted_ms")} | {"batch_rows": {"type": "integer"}}
     return {
         "type": "object",
-        "required": ["model", "version", "seed", "results", "timing"],
+        "required": ["model", "version", "precision", "seed", "results", "timing"],
         "properties": {
             "model": {"type": "string"},
             "version": {"type": "string"},
+            "precision": {"enum": ["float32", "int8"]},
             "seed": {},
             "results": {"type": "array", "items": {"$ref": "#/components/schemas/Result"}},
             "timing": {"type": "object", "properties": timing},

@@ -117,6 +117,7 @@ def _reply(model: ServedModel, result: JobResult, results: list[dict[str, Any]],
     return {
         "model": model.name,
         "version": model.version,
+        "precision": model.precision,
         "seed": seed,
         "results": results,
         "timing": {

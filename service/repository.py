@@ -40,6 +40,7 @@ class ServedModel:
     card: Card
     sha256: str
     engine: str
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
@@ -48,6 +49,12 @@ class ServedModel:
     @property
     def version(self) -> str:
         return self.card.version
+
+    @property
+    def cost_nats(self) -> float:
+        """What the precision it is served in was measured to cost, in nats of validation ELBO."""
+        offered = {name: spec.cost_nats for name, spec in self.card.precisions.items()}
+        return offered.get(self.precision, self.card.precision_cost_nats)  # type: ignore[call-overload]
 
     @property
     def key(self) -> str:
@@ -160,7 +167,7 @@ class Repository:
 
     def add(self, engine: Engine, sha256: str, *, supersede: bool = False) -> ServedModel:
         """Serves `engine` under its card's name and version; with `supersede`, the default it replaces leaves after `keep_s`."""
-        model = ServedModel(engine.card, sha256, engine.name)
+        model = ServedModel(engine.card, sha256, engine.name, engine.precision)
         with self._changing:
             self._registrar.add_model(model.key, engine)
             self._closing.pop(model.key, None)
@@ -168,7 +175,8 @@ class Repository:
             self._publish(model.name, {**self._models.get(model.name, {}), model.version: model})
             if supersede and before is not None and self._newest[model.name] is model:
                 self._leaving[before.key] = self._clock() + self._keep_s
-        LOG.info("model loaded", extra={"model": model.name, "version": model.version, "engine": engine.name})
+        served = {"model": model.name, "version": model.version, "engine": model.engine, "precision": model.precision}
+        LOG.info("model loaded", extra=served)
         self._count("loaded")
         return model
 

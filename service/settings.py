@@ -26,6 +26,9 @@ class Settings(BaseSettings):
     closed_form: bool = Field(default=False, description="also serve the exact conjugate-Gaussian stand-in, for demos and load runs")
     engine: Literal["auto", "onnx", "torchscript"] = Field(default="auto", description="auto: onnxruntime where installed, else torch")
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N; a GPU runs TorchScript")
+    precision: Literal["float32", "int8"] = Field(
+        default="float32", description="int8: where a card offers it, on ONNX Runtime; other models stay float32, and the log says why"
+    )
     device_memory_mb: int = Field(default=0, ge=0, description="what all models together may use of the GPU; 0: 90 % of what is free")
     threads: int = Field(default=0, ge=0, le=1024, description="compute threads of the engine; 0: all cores but one, at least one")
     signing_key: SecretStr | None = Field(default=None, description="if set, only artifacts signed with it (HMAC-SHA256) are loaded")

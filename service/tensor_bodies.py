@@ -97,6 +97,7 @@ def array_response(media: str, columns: Sequence[Column], model: ServedModel, re
     timing = result.timing
     headers = {
         "X-Elbow-Model": f"{model.name}/{model.version}",
+        "X-Elbow-Precision": model.precision,
         "Server-Timing": f"queue;dur={timing.queue_ms:.4f}, compute;dur={timing.compute_ms:.4f}",
     }
     if media == NPZ:

@@ -100,6 +100,18 @@ def test_the_direct_model_answers_any_number_of_steps_with_none_and_is_worse(ite
     assert serve(iterative, digits[:500], 5, 16).elbo.mean() > result.elbo.mean() + 0.9
 
 
+@pytest.mark.parametrize("name", ["mnist-iterative", "mnist-direct"])
+def test_int8_costs_on_these_digits_what_the_card_says(name, digits):
+    artifact = Artifact.open(SHIPPED[name])
+    spec = artifact.card.precisions["int8"]
+    float32, int8 = (
+        serve(OnnxEngine(artifact, threads=2, precision=precision), digits[:500], artifact.card.trained_steps, 16).elbo
+        for precision in ("float32", "int8")
+    )
+    lost = float32 - int8
+    assert 0 < abs(lost.mean() - spec.cost_nats) <= 3 * lost.std(ddof=1) / np.sqrt(len(lost))
+
+
 FILTERS = ("speech-filter", "jsb-filter")
 
 

@@ -22,6 +22,7 @@ from training.config import RunConfig
 from training.export_files import Description, ExportError, check_parity, program_spec, write_programs
 from training.export_filter import describe_filter
 from training.export_static import describe_static
+from training.precision import offer_int8
 from training.run_loop import machine
 from training.sequence_config import SequenceRunConfig
 
@@ -35,6 +36,7 @@ def export(
     rows: int = 5000,
     samples: int = 20,
     likelihood: str | None = None,
+    int8: bool = False,
     data_root: str | None = None,
     signer: Signer | None = None,
     quiet: bool = False,
@@ -44,9 +46,11 @@ def export(
     Args:
         rows, samples: of the validation curve and of the training quantiles; of a sequence model rows are frames.
         likelihood: serve a sequence model with this one: "quantised_gaussian" takes the weights of a "gaussian" as they are.
+        int8: offer int8 beside float32 (training/precision.py).
 
     Raises:
-        ExportError: a program's TorchScript or ONNX form disagrees with the float64 model, or the likelihood does not fit.
+        ExportError: a program's TorchScript or ONNX form disagrees with the float64 model, the likelihood does not fit, or int8 costs
+            too much.
         FileExistsError: that version is there already: versions never change.
     """
     target = repository / name / version
@@ -55,6 +59,8 @@ def export(
     model, run, facts = load_weights(checkpoint)
     if likelihood is not None:
         model, run = _with_likelihood(model, run, likelihood)
+    if int8 and not isinstance(model, LatentModel):
+        raise ExportError("--int8: a filter's frame measures in the program in which it chooses: only static models have int8")
     described = _describe(model, run, rows, samples, data_root, quiet)
     partial = target.with_name(f".{version}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -76,6 +82,10 @@ def export(
             provenance=_provenance(run, facts, described),
             **described.card,
         )
+        if int8:
+            assert isinstance(model, LatentModel)
+            assert isinstance(run, RunConfig)
+            card = offer_int8(partial, card, model, run, rows=rows, samples=samples, data_root=data_root)
         write_card(partial, card, signer)
     except BaseException:
         # a half-written version is of no use to anyone

@@ -32,6 +32,8 @@ class Engine(Protocol):
 
     name: str
     card: Card
+    precision: str
+    """Of the programs that choose λ: "float32", or one of the card's `precisions`."""
     begin: Arrays
     """Of a filter: the state before the first frame, (n,) per state array."""
     draws_noise: bool
@@ -77,6 +79,7 @@ class HostRows:
 
     name: str
     card: Card
+    precision: str = "float32"
     begin: Arrays = {}  # noqa: RUF012 (never changed, replaced by engines of filters)
     draws_noise = False
     warm_up_rows = 0

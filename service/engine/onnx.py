@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from models.artifact import Arrays, Artifact, ArtifactError, ProgramSpec
 from service.engine.base import HostRows
-from service.engine.parity import verify_parity
+from service.engine.parity import reduced_programs, verify_parity, verify_precision
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, which else writes a device id into the home folder
 
@@ -29,15 +29,24 @@ class OnnxEngine(HostRows):
     Args:
         artifact: verified; every program of its card must have an ONNX file.
         threads: threads per operator. None of them spins between calls: the HTTP loop shares the cores.
+        precision: one that the card offers.
 
     Raises:
         ArtifactError: a file cannot be loaded, does not fit the card, or fails the parity check.
+        PrecisionRefused: the card does not offer the precision, or on this machine it costs more than the card says.
     """
 
-    def __init__(self, artifact: Artifact, threads: int = 1):
+    def __init__(self, artifact: Artifact, threads: int = 1, precision: str = "float32"):
         self.name, self.card, self.begin = FORMAT, artifact.card, artifact.begin()
-        self._programs = {program: _Program(artifact, program, spec, threads) for program, spec in artifact.card.programs.items()}
+        self.precision = precision
+        others = reduced_programs(self)
+        self._programs = {
+            program: _Program(artifact, program, spec, others.get(program, spec.files), threads)
+            for program, spec in artifact.card.programs.items()
+        }
         self.parity = verify_parity(self, artifact)
+        if others:
+            verify_precision(self, artifact)
 
     def run(self, program: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
         return self._programs[program](arrays)
@@ -49,10 +58,10 @@ class OnnxEngine(HostRows):
 class _Program:
     """One session; the card's names stand for the graph's inputs and outputs in order."""
 
-    def __init__(self, artifact: Artifact, program: str, spec: ProgramSpec, threads: int):
-        if FORMAT not in spec.files:
-            raise ArtifactError(f"{artifact.path}: program {program!r} has no ONNX file; it has {sorted(spec.files) or 'none'}")
-        file = artifact.file(spec.files[FORMAT])
+    def __init__(self, artifact: Artifact, program: str, spec: ProgramSpec, files: Mapping[str, str], threads: int):
+        if FORMAT not in files:
+            raise ArtifactError(f"{artifact.path}: program {program!r} has no ONNX file; it has {sorted(files) or 'none'}")
+        file = artifact.file(files[FORMAT])
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -69,7 +69,7 @@ class TorchScriptDeviceEngine:
         ArtifactError: there is no such device, the budget is spent, a file does not fit, or parity fails.
     """
 
-    name = "torchscript"
+    name, precision = "torchscript", "float32"
 
     def __init__(self, artifact: Artifact, device: str = "cuda", memory: DeviceMemory | None = None, threads: int = 1):
         self.card, self.begin = artifact.card, artifact.begin()

@@ -67,6 +67,7 @@ def model_config(model: ServedModel, limits: Limits) -> dict[str, Any]:
             "methods": {"string_value": ",".join(methods_of(model.card))},
             "trained_steps": {"string_value": str(model.card.trained_steps)},
             "max_steps": {"string_value": str(model.card.max_steps)},
+            "precision": {"string_value": model.precision},
         },
     }
     if is_filter:

@@ -59,6 +59,7 @@ def _reply(server: Server, model: ServedModel, portion: Portion, frames: Frames,
     return {
         "model": model.name,
         "version": model.version,
+        "precision": model.precision,
         "seed": frames.settings["seed"],
         "results": server.shaper(model).results(portion, portion.stream.spec),
         "frame": after.frame,

@@ -15,7 +15,6 @@ from service.repository import ServedModel
 
 BATCH_BUCKETS = (1, 8, 64)
 SUMMARY = {"name", "version", "family", "description", "x", "likelihood", "trained_steps", "max_steps"}
-HIDDEN = {"programs", "files"}
 
 
 async def list_models(request: Request) -> Response:
@@ -26,7 +25,7 @@ async def list_models(request: Request) -> Response:
 
 async def show_model(request: Request) -> Response:
     model = model_of(request, "model")
-    card = model.card.model_dump(mode="json", exclude=HIDDEN)
+    card = model.card.model_dump(mode="json", exclude={"programs": True, "files": True, "precisions": {"__all__": {"programs"}}})
     return json_response(card | _served(server_of(request), model))
 
 
@@ -59,6 +58,8 @@ def _served(server: Server, model: ServedModel) -> dict[str, Any]:
         "versions": server.repository.versions(model.name),
         "iterative": model.card.iterative,
         "engine": model.engine,
+        "precision": model.precision,
+        "precision_cost_nats": model.cost_nats,
         "sha256": model.sha256,
     }
 

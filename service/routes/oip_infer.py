@@ -76,7 +76,7 @@ async def _static(
     result = await submit(request, server, model, job)
     timing = result.timing
     measured.queue, measured.compute_infer, measured.rows = timing.queue_ms / 1e3, timing.compute_ms / 1e3, timing.batch_rows
-    parameters: dict[str, Any] = {"method": asked.method.name}
+    parameters: dict[str, Any] = {"method": asked.method.name, "precision": model.precision}
     if isinstance(body.seed, int):
         parameters["seed"] = body.seed
     parameters |= {name: round(getattr(timing, name), 4) for name in ("queue_ms", "compute_ms", "predicted_ms", "batch_rows")}

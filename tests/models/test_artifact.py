@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from models.artifact import (
     CARD,
+    ELBO_REFERENCE,
     REFERENCE,
     SIGNATURE,
     WEIGHTS,
@@ -175,6 +178,42 @@ def test_a_program_whose_file_is_not_listed_is_refused(folder: Path) -> None:
     rewrite(folder, lambda values: values["files"].pop("init.onnx"))
     with pytest.raises(ArtifactError, match=r"programs\.init: the file 'init\.onnx' is not listed"):
         Artifact.open(folder)
+
+
+def int8(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    """A card that offers int8, the file of `init` in the place of a quantised one."""
+    spec = {"cost_nats": 0.02, "cost_std": 0.1, "rows": 100, "samples": 20, "programs": {"init": {"onnx": "init.onnx"}}, **changes}
+    return lambda values: values.update(precisions={"int8": spec})
+
+
+def test_a_further_precision_is_read(folder: Path) -> None:
+    rewrite(folder, int8())
+    assert Artifact.open(folder).card.precisions["int8"].programs == {"init": {"onnx": "init.onnx"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"cost_nats": 0.051}, "precisions.int8.cost_nats: Input should be less than or equal to 0.05"),
+        ({"programs": {"step": {"onnx": "init.onnx"}}}, "precisions.int8: there is no program 'step'"),
+        ({"programs": {"init": {"onnx": "init.int8.onnx"}}}, "precisions.int8.init: the file 'init.int8.onnx' is not listed"),
+        ({"programs": {}}, "precisions.int8.programs: Dictionary should have at least 1 item"),
+    ],
+    ids=["too costly", "unknown program", "unlisted file", "nothing"],
+)
+def test_a_further_precision_that_costs_too_much_or_has_no_program_is_refused(changes: dict[str, Any], reason: str, folder: Path) -> None:
+    rewrite(folder, int8(**changes))
+    with pytest.raises(ArtifactError, match=re.escape(reason)):
+        Artifact.open(folder)
+
+
+@pytest.mark.parametrize("missing", ["x", "measure0", "elbo"])
+def test_rows_that_a_precision_is_held_to_must_be_whole(missing: str, folder: Path) -> None:
+    arrays = {"x": np.zeros((3, 6), np.float32), "measure0": np.zeros((3, 2, 2), np.float32), "elbo": np.zeros(3)}
+    save_file({name: value for name, value in arrays.items() if name != missing}, folder / ELBO_REFERENCE)
+    write_card(folder, card())
+    with pytest.raises(ArtifactError, match=f"{ELBO_REFERENCE} lacks {missing}"):
+        Artifact.open(folder).elbo_reference()
 
 
 def test_a_card_without_files_is_refused(folder: Path) -> None:

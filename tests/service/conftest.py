@@ -56,6 +56,7 @@ class CardOnly:
 
     card: Card
     name: str = "fake"
+    precision: str = "float32"
 
 
 @dataclass

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -18,6 +19,7 @@ from service.client import AsyncElbowClient, ElbowHTTPError
 from service.engine.closed_form import ClosedFormEngine
 from service.settings import Settings
 
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 ENGINE = ClosedFormEngine()
 ROWS = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
 
@@ -265,6 +267,29 @@ def test_a_recurrent_model_goes_on_bit_for_bit_from_its_carry(tiny_repository, e
         both = run(client.refine(rows, half.posteriors, steps=3))
         whole = run(client.encode(rows, steps=6))
     assert equal(both, whole)
+
+
+def test_int8_is_served_where_a_card_offers_it_and_every_reply_says_so(tmp_path):
+    for name in ("mnist-iterative", "jsb-filter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1").symlink_to(CHECKPOINTS / name / "1")
+    with np.load(CHECKPOINTS.parent / "tests" / "data" / "mnist_sample.npz") as sample:
+        x = (sample["valid"][:8].reshape(8, 784) > 127).astype(np.float32)
+    answers = {}
+    for precision in ("float32", "int8"):
+        with running(Settings(repository=tmp_path, engine="onnx", precision=precision), "mnist-iterative") as (client, run):
+            reply = answers[precision] = run(client.encode(x, steps=10, samples=200))
+            card, other = (run(client.card(name)) for name in ("mnist-iterative", "jsb-filter"))
+            alone = run(client.encode(x[:1], steps=10, samples=200))
+        assert (reply.precision, card["precision"]) == (precision, precision)
+        assert other["precision"] == "float32"
+        if precision == "int8":
+            assert card["precision_cost_nats"] == card["precisions"]["int8"]["cost_nats"] > 0
+            assert "programs" not in card["precisions"]["int8"]
+            assert np.array_equal(alone.mu[0], reply.mu[0])
+    lost = answers["float32"].elbo - answers["int8"].elbo
+    assert 0 < np.abs(lost).max() < 2
+    assert lost.mean() < 0.5
 
 
 def test_without_any_engine_an_artifact_is_refused_with_the_reason(monkeypatch):

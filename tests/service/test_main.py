@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,11 +11,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 
 from service import __main__ as cli
+
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "mnist-iterative" / "1"
 
 
 @pytest.fixture
@@ -63,6 +67,17 @@ def test_bench_prints_microseconds_by_engine_and_batch(artifact, capsys, monkeyp
     assert header.split() == ["engine", "batch", "1", "batch", "8", "batch", "64"]
     assert [row.split()[0] for row in rows] == ["onnx", "torchscript"]
     assert all(int(number) > 0 for row in rows for number in row.split()[1:])
+
+
+def test_check_and_bench_cover_int8_where_the_card_offers_it(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "BENCH_SECONDS", 0.01)
+    assert cli.main(["check", str(SHIPPED)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("onnx int8")]
+    assert {line.split()[2] for line in lines[:-1]} == {"decode", "posterior_sample", "prior_sample", "sample_x", "score"}
+    assert re.search(r"init, step +loses -?0\.0\d\d nats, at most 0\.0\d\d; rows do not see their neighbours", lines[-1])
+    assert cli.main(["bench", str(SHIPPED)]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row[:12].strip() for row in rows] == ["onnx", "onnx int8", "torchscript"]
 
 
 def test_run_refuses_a_misspelt_variable(monkeypatch, capsys):

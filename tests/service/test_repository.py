@@ -20,7 +20,7 @@ class Registered(dict):
 
 
 class FakeEngine:
-    name = "fake"
+    name, precision = "fake", "float32"
 
     def __init__(self, artifact):
         self.card = artifact.card

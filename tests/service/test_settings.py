@@ -19,8 +19,9 @@ def test_variables_reach_their_fields(monkeypatch):
     monkeypatch.setenv("ELBOW_PORT", "9000")
     monkeypatch.setenv("ELBOW_ENGINE", "torchscript")
     monkeypatch.setenv("ELBOW_CLOSED_FORM", "true")
+    monkeypatch.setenv("ELBOW_PRECISION", "int8")
     settings = read_settings()
-    assert (settings.port, settings.engine, settings.closed_form) == (9000, "torchscript", True)
+    assert (settings.port, settings.engine, settings.closed_form, settings.precision) == (9000, "torchscript", True, "int8")
 
 
 def test_a_misspelt_variable_is_named(monkeypatch):
@@ -34,7 +35,9 @@ def test_a_variable_of_training_does_no_harm(monkeypatch):
     read_settings()
 
 
-@pytest.mark.parametrize(("name", "value"), [("ELBOW_PORT", "70000"), ("ELBOW_ENGINE", "tensorrt"), ("ELBOW_MAX_ROWS", "0")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("ELBOW_PORT", "70000"), ("ELBOW_ENGINE", "tensorrt"), ("ELBOW_PRECISION", "int4"), ("ELBOW_MAX_ROWS", "0")]
+)
 def test_a_value_out_of_bounds_is_refused(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=name.removeprefix("ELBOW_").lower()):

@@ -183,6 +183,7 @@ def test_an_npz_reply_has_every_column(service):
     reply = send(service, "digits/encode?steps=2", npy(ROWS), NPY, NPZ)
     assert reply.headers["content-type"] == NPZ
     assert reply.headers["x-elbow-model"] == "digits/2"
+    assert reply.headers["x-elbow-precision"] == "float32"
     assert reply.headers["server-timing"] == "queue;dur=0.2500, compute;dur=1.5000"
     with np.load(io.BytesIO(reply.content), allow_pickle=False) as columns:
         assert set(columns) == {"mu", "log_sigma", "elbo", "log_likelihood", "kl", "steps_used", "stop_reason", "step"}

@@ -23,7 +23,12 @@ def test_encode_answers_with_the_shape_of_the_contract(service):
     reply = encode(service, {"steps": 3, "return": ["posterior", "elbo", "trace", "reconstruction", "z"], "samples": 2})
     assert reply.status_code == 200
     body = reply.json()
-    assert {name: body[name] for name in ("model", "version", "seed")} == {"model": "digits", "version": "2", "seed": 0}
+    assert {name: body[name] for name in ("model", "version", "precision", "seed")} == {
+        "model": "digits",
+        "version": "2",
+        "precision": "float32",
+        "seed": 0,
+    }
     assert body["timing"] == {"queue_ms": 0.25, "compute_ms": 1.5, "predicted_ms": 1.25, "batch_rows": 1}
     (result,) = body["results"]
     assert result.pop("z") == {"z": [[0.0] * 4] * 2}

@@ -19,6 +19,7 @@ def test_a_card_is_shown_with_what_the_server_adds(service):
     assert card["x"]["shape"] == [784]
     assert card["levels"][0]["size"] == 4
     assert card["engine"] == "fake"
+    assert (card["precision"], card["precision_cost_nats"]) == ("float32", 0.0)
     assert len(card["sha256"]) == 64
     assert "files" not in card
     assert service.get("/v1/models/digits/versions/1").json()["version"] == "1"

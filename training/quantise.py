@@ -1,0 +1,117 @@
+"""An ONNX program with its products with weights in int8, one scale per row and one per column: a row never sees its neighbours.
+
+    a W + b  ≈  s_a s_W (â Ŵ) + b,     â = round(127 a / m), s_a = m / 127, m = max |a| of the row;     Ŵ, s_W the same for each column
+
+â Ŵ is exact in int32, so a row in a batch gives the same bits as the row alone. The dynamic quantisation that comes with ONNX Runtime
+takes one m for the whole array: there a row's answer depends on who shares the batch. Weights stay where they were, float32 in
+weights.safetensors: Ŵ and s_W are plain operators on constants, which ONNX Runtime folds while it loads.
+
+â is stored as â + 128 in uint8, because uint8 × int8 is what processors multiply fastest. Everything but the products stays float32.
+
+Shapes: R rows, K what is summed over, N columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+LARGEST = 127
+SMALLEST = 1e-30
+"""Of a scale: rows and columns of zeros are divided by it."""
+RUNTIME = "com.microsoft"
+"""The operators of ONNX Runtime's own: MatMulIntegerToFloat is MatMulInteger with the columns' scales applied on the way out."""
+_PREFIX = "int8_"
+_PLAIN = {"alpha": 1, "beta": 1, "transA": 0, "transB": 0}
+
+Activations = Callable[["Int8Graph", str], tuple[str, str]]
+"""(graph, name of a product's left side) -> names of it in uint8 with zero point 128, and of 127 times what one unit is worth."""
+
+
+class NotQuantisable(ValueError):
+    """A product has no weights, or is more than a product."""
+
+
+class Int8Graph:
+    """The nodes of the new graph, in order. What is asked for twice is made once."""
+
+    def __init__(self, proto: onnx.ModelProto):
+        self.graph = proto.graph
+        self.nodes: list[Any] = []
+        self._constants: set[str] = set()
+        self._weights: dict[str, tuple[str, str]] = {}
+
+    def add(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """The output of a new node."""
+        name = f"{_PREFIX}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [name], name=f"{name}_{op}", **attributes))
+        return name
+
+    def constant(self, name: str, value: Any) -> str:
+        name = _PREFIX + name
+        if name not in self._constants:
+            self._constants.add(name)
+            self.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def weight(self, name: str) -> tuple[str, str]:
+        """(K, N) -> its int8 form, and what one unit of a column and of a row of scale 127 are worth together, (N,)."""
+        if name not in self._weights:
+            largest = self.add("ReduceMax", self.add("Abs", name), self.constant("columns", np.array([0])), keepdims=0)
+            unit = self.constant("unit", np.float32(1 / LARGEST))
+            scale = self.add("Mul", self.add("Max", largest, self.constant("smallest", np.float32(SMALLEST))), unit)
+            rounded = self.add("Round", self.add("Div", name, scale))
+            self._weights[name] = self.add("Cast", rounded, to=TensorProto.INT8), self.add("Mul", scale, unit)
+        return self._weights[name]
+
+
+def per_row(graph: Int8Graph, name: str) -> tuple[str, str]:
+    """Each row by its own largest magnitude, (R, K) and (R, 1). A row that holds a NaN has one for its scale, so its products are NaN."""
+    rows = graph.constant("rows", np.array([-1]))
+    magnitude = graph.add("Abs", name)
+    # ReduceMax passes over a NaN; the mean does not, and is never more than the largest
+    parts = [graph.add(op, magnitude, rows, keepdims=1) for op in ("ReduceMax", "ReduceMean")]
+    largest = graph.add("Max", *parts, graph.constant("smallest", np.float32(SMALLEST)))
+    unit, zero = graph.constant("unit", np.float32(1 / LARGEST)), graph.constant("zero", np.uint8(128))
+    return graph.add("QuantizeLinear", graph.add("Div", name, largest), unit, zero), largest
+
+
+def to_int8(proto: Any, activations: Activations = per_row) -> int:
+    """Rewrites the ModelProto `proto` in place.
+
+    Returns:
+        How many products were changed; if none, the program stays what it was.
+
+    Raises:
+        NotQuantisable: a product's right side is no weight, or a Gemm scales or turns its factors.
+    """
+    graph = Int8Graph(proto)
+    weights = {initializer.name for initializer in proto.graph.initializer}
+    quantised: dict[str, tuple[str, str]] = {}
+    products = 0
+    for node in proto.graph.node:
+        if node.op_type == "Transpose" and node.input[0] in weights:
+            weights.add(node.output[0])
+        if node.op_type not in ("Gemm", "MatMul"):
+            graph.nodes.append(node)
+            continue
+        left, right, *bias = node.input
+        if right not in weights or any(helper.get_attribute_value(one) != _PLAIN[one.name] for one in node.attribute):
+            raise NotQuantisable(f"{node.op_type} {node.output[0]}: int8 takes plain products with a weight on the right")
+        if left not in quantised:
+            quantised[left] = activations(graph, left)
+        (values, scale), (columns, worth), one = quantised[left], graph.weight(right), graph.constant("one", np.float32(1))
+        product = graph.add("MatMulIntegerToFloat", values, columns, one, worth, graph.constant("zero", np.uint8(128)), domain=RUNTIME)
+        last, inputs = ("Add", [graph.add("Mul", product, scale), *bias]) if bias else ("Mul", [product, scale])
+        graph.nodes.append(helper.make_node(last, inputs, list(node.output), name=f"{node.output[0]}_int8"))
+        products += 1
+    if products:
+        del proto.graph.node[:]
+        proto.graph.node.extend(graph.nodes)
+        if RUNTIME not in {opset.domain for opset in proto.opset_import}:
+            proto.opset_import.append(helper.make_opsetid(RUNTIME, 1))
+    return products
