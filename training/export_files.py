@@ -48,6 +48,29 @@ def program_spec(name: str, program: Program) -> ProgramSpec:
     return ProgramSpec(inputs=program.inputs, outputs=program.outputs, files={"onnx": f"{name}.onnx", "torchscript": f"{name}.pt"})
 
 
+def reference_run(program: Program, known: Mapping[str, Tensor], rows: int, generator: torch.Generator) -> tuple[Arrays, Arrays]:
+    """One run of `program` in float64, as reference for the engines: its inputs as they are given (float32), and its outputs.
+
+    Args:
+        known: the inputs that are no noise, by name; noise is drawn, `REFERENCE_SAMPLES` per row.
+    """
+    inputs = []
+    for spec in program.inputs:
+        if spec.name.startswith("noise"):
+            sizes = [{"rows": rows, "samples": REFERENCE_SAMPLES}.get(str(size), size) for size in spec.shape]
+            value = torch.randn([int(size) for size in sizes], generator=generator, dtype=torch.float64)
+        else:
+            value = known[spec.name]
+        # engines read float32: the reference must start from the same numbers
+        inputs.append(value.float().double())
+    with torch.no_grad():
+        outputs = program.function(*inputs)
+    return (
+        {spec.name: value.float().numpy() for spec, value in zip(program.inputs, inputs, strict=True)},
+        {spec.name: value.numpy() for spec, value in zip(program.outputs, outputs, strict=True)},
+    )
+
+
 def write_programs(
     folder: Path, model: LatentModel | FilterModel, programs: Mapping[str, Program], constants: Mapping[str, Tensor] | None = None
 ) -> None:

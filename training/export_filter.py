@@ -6,7 +6,6 @@ B sequences, T frames, K steps, S samples, X entries per frame, D latent size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from training.data.ragged import Ragged
 from training.data.sequence_batches import ResidentSequences, evaluation_batches
 from training.data.sequence_catalogue import load_sequences
 from training.data.sequences import Sequences
-from training.export_files import PROBABILITIES, REFERENCE_ROWS, REFERENCE_SAMPLES, Description, ExportError
+from training.export_files import PROBABILITIES, REFERENCE_ROWS, Description, ExportError, reference_run
 from training.sequence_config import SequenceRunConfig
 
 MAX_STEPS = 16
@@ -142,26 +141,7 @@ def reference(model: FilterModel, trained_steps: int, x: Tensor, mask: Tensor) -
         known |= {"x": x[:, t].double(), "mask": mask[:, t].double()}
         before = dict(known)
         for name in ["predict", *answer, "advance", "sample_x"]:
-            found[name] = _run(exact, name, known, rows, generator)
+            found[name] = reference_run(exact.programs[name], known, rows, generator)
             known |= {k: torch.from_numpy(v).double() for k, v in found[name][1].items() if k != "x"}
-        found[FRAME] = _run(exact, FRAME, before, rows, generator)
+        found[FRAME] = reference_run(exact.programs[FRAME], before, rows, generator)
     return found
-
-
-def _run(exact: FilterPrograms, name: str, known: Mapping[str, Tensor], rows: int, generator: torch.Generator) -> tuple[Arrays, Arrays]:
-    program = exact.programs[name]
-    inputs = []
-    for spec in program.inputs:
-        if spec.name.startswith("noise"):
-            sizes = [{"rows": rows, "samples": REFERENCE_SAMPLES}.get(str(size), size) for size in spec.shape]
-            value = torch.randn([int(size) for size in sizes], generator=generator, dtype=torch.float64)
-        else:
-            value = known[spec.name]
-        # engines read float32: the reference must start from the same numbers
-        inputs.append(value.float().double())
-    with torch.no_grad():
-        outputs = program.function(*inputs)
-    return (
-        {spec.name: value.float().numpy() for spec, value in zip(program.inputs, inputs, strict=True)},
-        {spec.name: value.numpy() for spec, value in zip(program.outputs, outputs, strict=True)},
-    )

@@ -17,7 +17,7 @@ from training.data.binarise import observe
 from training.data.catalogue import load
 from training.data.images import Images
 from training.evaluate import BINARISE_SEED, CURVE_STEPS, Evaluator
-from training.export_files import PROBABILITIES, REFERENCE_ROWS, REFERENCE_SAMPLES, Description
+from training.export_files import PROBABILITIES, REFERENCE_ROWS, Description, reference_run
 
 MAX_STEPS = 128
 
@@ -66,23 +66,8 @@ def reference(model: LatentModel, x: Tensor) -> dict[str, tuple[Arrays, Arrays]]
     # each program's outputs are inputs of later ones, so λ, z and the likelihood's parameters are real ones
     order = ["init", *["step"] * 3 * ("step" in programs), "score", "prior_sample", "posterior_sample", "decode", "sample_x"]
     for name in order:
-        program = programs[name]
-        inputs = []
-        for spec in program.inputs:
-            if spec.name.startswith("noise"):
-                sizes = [{"rows": REFERENCE_ROWS, "samples": REFERENCE_SAMPLES}.get(str(size), size) for size in spec.shape]
-                value = torch.randn([int(size) for size in sizes], generator=generator, dtype=torch.float64)
-            else:
-                value = known[spec.name]
-            # engines read float32: the reference must start from the same numbers
-            inputs.append(value.float().double())
-        with torch.no_grad():
-            outputs = program.function(*inputs)
-        known |= {spec.name: value for spec, value in zip(program.outputs, outputs, strict=True) if spec.name not in ("x",)}
-        found[name] = (
-            {spec.name: value.float().numpy() for spec, value in zip(program.inputs, inputs, strict=True)},
-            {spec.name: value.numpy() for spec, value in zip(program.outputs, outputs, strict=True)},
-        )
+        found[name] = reference_run(programs[name], known, REFERENCE_ROWS, generator)
+        known |= {output: torch.from_numpy(value) for output, value in found[name][1].items() if output != "x"}
     return found
 
 
