@@ -110,8 +110,7 @@ class CompiledFrame:
 
         def run(state: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor) -> tuple[FilterState, Flow]:
             # of one layout, so that the graph is compiled once; the graph has its casts inside
-            state = {name: value.detach().contiguous() for name, value in state.items()}
-            inputs = (values, turned, state, x.contiguous(), mask.contiguous(), noise, kl_weight)
+            inputs = (values, turned, _plain(state), x.contiguous(), mask.contiguous(), noise.contiguous(), kl_weight)
             with torch.autocast(x.device.type, enabled=False):
                 if self._compiled is None:
                     self._compiled = _compile(self._traced(*inputs))
@@ -157,10 +156,14 @@ class CompiledLesson:
         self._lesson = _Part(model, learn)
         self._compiled: Callable[..., tuple[list[Tensor | None], dict[str, Tensor | None], Tensor, Tensor]] | None = None
 
-    def __call__(self, known: dict[str, Tensor], *inputs: Any) -> ElboTerms:
-        leaves = {name: value.detach().contiguous() for name, value in known.items()}
-        given = ([value.detach() for value in self._parameters.values()], leaves, *inputs)
-        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+    def __call__(
+        self, known: dict[str, Tensor], x: Tensor, mask: Tensor, weights: Tensor, noise: Tensor, flow: Flow, kl_weight: Tensor
+    ) -> ElboTerms:
+        values = [value.detach() for value in self._parameters.values()]
+        # of one layout, like a frame's
+        plain = [value.contiguous() for value in (x, mask, weights, noise)]
+        given = (values, _plain(known), *plain, _plain(flow), kl_weight)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if self._compiled is None:
                 # a plain function: fx would count the `self` of a bound method as an argument
                 self._compiled = _compile(make_fx(lambda *given: self._pure(*given))(*given))  # noqa: PLW0108
@@ -198,6 +201,11 @@ class _Part(nn.Module):
         return self.part(*inputs)
 
 
+def _plain(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().contiguous() for name, value in values.items()}
+
+
 def _compile(graph: fx.GraphModule) -> Callable[..., Any]:
-    # whoever calls keeps to the shapes that a graph was traced with; guards that look at every input again cost as much as a product
+    # whoever calls keeps to the shapes and layouts that a graph was traced with; guards that look at every input again cost as much as
+    # a product
     return torch.compile(graph, fullgraph=True, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
