@@ -1,30 +1,31 @@
 """Updates per second of training, against the same update in plain eager PyTorch.
 
-    python benchmarks/train.py [--device cpu] [--cases mnist jsb-avf1 jsb-avf5 …] [--threads 1 2] [--seconds 10]
+    python benchmarks/train.py [--device cpu] [--cases mnist jsb-avf1 jsb-avf5 …] [--threads 1 2] [--seconds 10] [--rounds 3]
 
 The package must be installed with its `train` extra (`make bench` does); no data set is needed: speed does not depend on the
 values, so x is random and the models are new, their last layer drawn at random so that no gradient is zero.
 
 `ours` is what `elbow-train` runs (training/update.py, training/sequence_update.py, compiled); `plain` is benchmarks/_plain_updates.py.
 The same batch, noise (drawn beforehand: its time counts for nobody), precision and fused AdamW on both sides. Gradients of
-both are compared first, and nothing is timed if they differ. Then each side at each number of threads, in turn; medians; a
-side counts with its best number of threads. In float32 the gradients must agree to 1e-3 of a parameter's own norm. bfloat16 is
-autocast, and both sides are held to the float32 gradient: ours may be off by as much as plain, and half of that again.
+both are compared first, and nothing is timed if they differ. Then each side at each number of threads, each in a fresh process,
+in turn; the median of `--rounds` such sets of processes; a side counts with its best number of threads. In float32 the gradients
+must agree to 1e-3 of a parameter's own norm. bfloat16 is autocast, and both sides are held to the float32 gradient: ours may be off
+by as much as plain, and half of that again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from _contenders import time_in_processes
 from _plain_updates import plain_sequence_update, plain_static_update
 from _report import keep, table
-from _timing import time_in_turn
 from torch import Tensor, nn
 
 from models.architecture import IterativeArchitecture, SRNNArchitecture
@@ -70,13 +71,14 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--seconds", type=float, default=10.0, help="for each case")
+    parser.add_argument("--rounds", type=int, default=3, help="sets of fresh processes")
     parser.add_argument("--tiny", action="store_true", help="small models and batches, to see that everything runs")
     parser.add_argument("--keep", default="train", help="results/<KEEP>.json; nothing: not kept")
     args = parser.parse_args()
     device = torch.device(args.device)
-    prepared = {name: prepare(name, device, args.threads, args.tiny) for name in args.cases}
-    print("everything is compiled, now to the timing", flush=True)
-    results = [measure(name, *prepared[name], args.threads, args.seconds) for name in args.cases]
+    differ = {name: difference_of_sides(name, device, args.tiny) for name in args.cases}
+    print("the gradients agree, now to the timing", flush=True)
+    results = [measure(name, differ[name], args) for name in args.cases]
     columns = ["update", "plain/s", "threads", "ours/s", "threads", "ratio", "gradients differ"]
     keys = ["update", "plain_per_s", "plain_threads", "ours_per_s", "ours_threads", "ratio", "gradients_differ"]
     print(table(columns, [[row[key] for key in keys] for row in results]))
@@ -84,25 +86,19 @@ def main() -> None:
         print(f"\nkept in {keep(args.keep, {'device': args.device, 'tiny': args.tiny, 'updates': results})}")
 
 
-def prepare(name: str, device: torch.device, threads: Sequence[int], tiny: bool) -> tuple[float, dict[str, Update]]:
-    """How far the gradients of the two sides differ, and every contender, compiled."""
+def difference_of_sides(name: str, device: torch.device, tiny: bool) -> float:
+    """How far the gradients of the two sides differ (`compare`)."""
     run, precision = CASES[name]
-    case = case_of(run, precision, device, tiny)
-    differ = compare(case, case_of(run, None, device, tiny) if precision is not None else None)
-    calls = {}
-    # compiled code is made for one number of threads, so each contender is one of its own
-    for side, make in (("plain", case.plain), ("ours", case.ours)):
-        for count in threads:
-            calls[f"{side} {count}"] = whole_update(copy.deepcopy(case.model), make, count)
-            for _ in range(CALLS_TO_COMPILE):
-                calls[f"{side} {count}"]()
-    return differ, calls
+    return compare(case_of(run, precision, device, tiny), case_of(run, None, device, tiny) if precision is not None else None)
 
 
-def measure(name: str, differ: float, calls: dict[str, Update], threads: Sequence[int], seconds: float) -> dict[str, Any]:
+def measure(name: str, differ: float, args: argparse.Namespace) -> dict[str, Any]:
     """A row of the table."""
-    us = time_in_turn(calls, seconds)
-    best = {side: min(threads, key=lambda count: us[f"{side} {count}"]) for side in ("plain", "ours")}
+    makes = {
+        f"{side} {count}": (contender, (name, side, count, args.device, args.tiny)) for side in ("plain", "ours") for count in args.threads
+    }
+    us = time_in_processes(makes, args.seconds, args.rounds)
+    best = {side: min(args.threads, key=lambda count: us[f"{side} {count}"]) for side in ("plain", "ours")}
     per_s = {side: 1e6 / us[f"{side} {count}"] for side, count in best.items()}
     return {
         "update": name,
@@ -116,14 +112,23 @@ def measure(name: str, differ: float, calls: dict[str, Update], threads: Sequenc
     }
 
 
-def whole_update(model: LatentModel | FilterModel, make: Callable[[Any], Update], threads: int) -> Update:
-    """Gradients and both optimisers, on so many threads; done when it returns."""
+def contender(name: str, side: str, threads: int, device: str, tiny: bool) -> Update:
+    """One side of a row, on so many threads for good, compiled."""
+    torch.set_num_threads(threads)
+    case = case_of(*CASES[name], torch.device(device), tiny)
+    update = whole_update(case.model, {"plain": case.plain, "ours": case.ours}[side])
+    for _ in range(CALLS_TO_COMPILE):
+        update()
+    return update
+
+
+def whole_update(model: LatentModel | FilterModel, make: Callable[[Any], Update]) -> Update:
+    """Gradients and both optimisers; done when it returns."""
     gradients = make(model)
     optimisers = [torch.optim.AdamW(part.parameters(), lr=1e-5, fused=True) for part in (model.generative, model.inference)]
     cuda = next(model.parameters()).is_cuda
 
     def update() -> None:
-        torch.set_num_threads(threads)
         gradients()
         for optimiser in optimisers:
             optimiser.step()

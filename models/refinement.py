@@ -157,7 +157,5 @@ def refine(
 def _choose(condition: Tensor, a: State, b: State) -> State:
     """Row by row a where the condition (B,) holds, else b."""
     c = condition.unsqueeze(-1)
-    q = tuple(
-        DiagonalGaussian(torch.where(c, p.mu, r.mu), torch.where(c, p.log_sigma, r.log_sigma)) for p, r in zip(a.q, b.q, strict=True)
-    )
+    q = tuple(DiagonalGaussian(torch.where(c, p.mu, r.mu), torch.where(c, p.log_sigma, r.log_sigma)) for p, r in zip(a.q, b.q, strict=True))
     return State(q, {name: torch.where(c, a.memory[name], b.memory[name]) for name in b.memory})

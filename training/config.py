@@ -27,15 +27,13 @@ class DataConfig:
 class RefinementConfig:
     """K refinement steps per update, and S samples per step (antithetic: in pairs ε, −ε). A direct model only has S.
 
-    late: in φ's loss step i weighs in proportion to i, instead of all alike. greedy: so many first steps learn for themselves
-    alone, the others also from those after them; None = all for themselves, as published.
+    late: in φ's loss step i weighs in proportion to i, instead of all alike.
     """
 
     steps: int = 5
     samples: int = 1
     antithetic: bool = False
     late: bool = False
-    greedy: int | None = None
 
 
 @dataclass(frozen=True)

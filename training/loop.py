@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,14 @@ class Trainer(RunLoop):
         before = 0
         if run.parent is not None:
             parent, _, facts = load_static(folder.parent / run.parent)
-            self.static.load_state_dict(inherited(parent.state_dict(), self.static.state_dict()))
+            self.static.load_state_dict(parent.state_dict())
             before = int(facts["epoch"])
         super().__init__(run, folder, fabric, self.static, self.images.sha256)
         self.epochs_before = before
         self.train_x = self._resident(self.images.train[: run.train_rows])
         self.valid_x = self._resident(self.images.valid[: run.validation_rows])
         self.batches = Batches(self.train_x, run.batch_size, self.generators["order"], drop_last=run.compiled)
-        how = run.refinement
-        self.gradients = Gradients(self.static, how.steps, self._autocast, run.compiled, how.late, how.greedy)
+        self.gradients = Gradients(self.static, run.refinement.steps, self._autocast, run.compiled, run.refinement.late)
 
     def update(self, index: Tensor) -> dict[str, Tensor]:
         """Draws x, mask and noise, adds up the gradients, steps both optimisers. `index`: rows of the training set."""
@@ -92,24 +90,6 @@ class Trainer(RunLoop):
                     measure = fresh_noise(sizes, len(x), 1, False, self.device, generator)
                     totals[k] += float(elbo(self.static.generative, state.q, x, mask, measure).elbo.sum())
         return [total / len(self.valid_x) for total in totals[: None if self.static.inference.refines else 1]]
-
-
-def inherited(parent: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parent's weights for our model, which may read more encodings, listed after the parent's: their columns begin at zero, so
-    that our refiner begins as the parent's.
-
-    Raises:
-        ValueError: the two differ in more than that.
-    """
-    found = {}
-    for name, value in ours.items():
-        given = parent.get(name)
-        if given is not None and name.endswith("inference.embed.weight") and given.shape[1] < value.shape[1]:
-            given = torch.cat([given, given.new_zeros(given.shape[0], value.shape[1] - given.shape[1])], 1)
-        if given is None or given.shape != value.shape:
-            raise ValueError(f"parent: has no {name} of shape {tuple(value.shape)}; only encodings may be added, after its own")
-        found[name] = given
-    return found
 
 
 def means(trace: list[Seen]) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ Amortized variational filtering (Marino, Cvitkovic & Yue 2018, Algorithm 1; dige
 
 Nothing that θ or φ is differentiated by depends on a gradient path through the chain of z. So the chain runs once,
 frame by frame, without autograd; with every z and λ then known, both gradients are taken over all frames at once: θ
-from one pass of the model over (T · B) rows, φ from one call of f on (K · T · B) rows. Where x alone decides the core's
-states (SRNN), these and all that is read of them are made first, once, and the chain is left with p(z_t|·) and the steps.
+from one pass of the model over (T · B) rows, φ from one call of f on (K · T · B) rows, whose matrix products the chain has made
+already (training/kept_products.py). Where x alone decides the core's states (SRNN), these and all that is read of them are made
+first, once, and the chain is left with p(z_t|·) and the steps.
 Same gradients as the published loop (tests/training/test_sequence_step.py has it), in a fraction of its operations;
 docs/log.md has the times.
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from models.generative.filter import FilterState, Frame, Prediction
 from models.inference.base import Context, State
 from models.objective import ElboTerms, Evidence, elbo
 from models.refinement import refine_seen
+from training.kept_products import Give, Keep
 
 Flow = dict[str, Tensor]
 """What one frame of the chain leaves behind, by name, one row per sequence; stacked over frames, (B, T, …)."""
@@ -81,36 +84,48 @@ ChainFrame = Callable[[FilterState, Tensor, Tensor, Tensor, Tensor], tuple[Filte
 """`chain_frame` or `foreseen_frame` of one model, or a compiled form of it."""
 
 
+Learn = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor, Flow, Tensor], ElboTerms]
+"""`learn_foreseen` of one model, or a compiled form of it."""
+
+
+class Faster(Protocol):
+    """Gives faster forms of an update's parts, or the parts themselves."""
+
+    def frame(self, frame: ChainFrame) -> ChainFrame: ...
+
+    def learn(self, learn: Learn) -> Learn: ...
+
+
 @dataclass(frozen=True)
 class Foreseen:
     """What x alone decides, made for all frames at once, as part of the graph that θ and φ learn from.
 
     Attributes:
-        core: the states before each frame and after the last, without z. context: of all frames, (B · T, n) each.
-        reading: what inference reads of the frames themselves, (B · T, n) each; θ learns nothing through it.
+        known: (B · T, n) each: `before.…`, what is read of the states before each frame; `context.…`; and `reading.…`, what inference
+            reads of the frames themselves (θ learns nothing through it).
+        z: that before the first frame, (B, D). after: the state after the last frame, without z.
     """
 
-    core: list[FilterState]
-    context: dict[str, Tensor]
-    reading: dict[str, Tensor]
+    known: dict[str, Tensor]
+    z: Tensor
+    after: FilterState
 
-    @property
-    def before(self) -> FilterState:
-        """`core` before each frame, (B · T, n)."""
-        return _by_row(self.core[:-1])
+    def leaves(self) -> dict[str, Tensor]:
+        """`known` and `z` as the leaves of another graph."""
+        return {name: value.detach().requires_grad_() for name, value in self._ends().items()}
 
-    def by_frame(self, rows: _Rows) -> list[FilterState]:
-        """What `foreseen_frame` takes beside z, T times (B, …)."""
-        named = {f"context.{name}": value for name, value in self.context.items()}
-        named |= {f"reading.{name}": value for name, value in self.reading.items()}
-        split = rows.by_frame({name: value.detach() for name, value in named.items()})
-        return [{**core, **parts} for core, parts in zip(self.core[:-1], split, strict=True)]
+    def backward(self, leaves: dict[str, Tensor]) -> None:
+        """Sends what arrived at the leaves on."""
+        ends = [(value, leaves[name].grad) for name, value in self._ends().items() if value.requires_grad and leaves[name].grad is not None]
+        if ends:
+            torch.autograd.backward([value for value, _ in ends], [grad for _, grad in ends])
+
+    def _ends(self) -> dict[str, Tensor]:
+        return {**self.known, "z": self.z}
 
 
-def accumulate_sequence(
-    model: FilterModel, chunk: Chunk, kl_weight: float | Tensor = 1.0, faster: Callable[[ChainFrame], ChainFrame] | None = None
-) -> ChunkSeen:
-    """Adds the gradients of one update to φ and θ. `faster`: gives a faster form of the chain's frame, or the frame itself."""
+def accumulate_sequence(model: FilterModel, chunk: Chunk, kl_weight: float | Tensor = 1.0, faster: Faster | None = None) -> ChunkSeen:
+    """Adds the gradients of one update to φ and θ."""
     if not model.inference.refines:
         return _back_through_time(model, chunk, kl_weight)
     weight = torch.as_tensor(kl_weight, dtype=chunk.x.dtype, device=chunk.x.device)
@@ -120,9 +135,17 @@ def accumulate_sequence(
         if foreseen is None:
             known, frame = None, partial(chain_frame, model, fill=chunk.needs_filling)
         else:
-            known, frame = foreseen.by_frame(rows), partial(foreseen_frame, model)
-        flow = run_chain(faster(frame) if faster else frame, chunk, state if known is None else {"z": state["z"]}, weight, known)
-    return _learn(model, chunk, rows, state, foreseen, flow, weight)
+            known, frame = rows.by_frame({name: value.detach() for name, value in foreseen.known.items()}), partial(foreseen_frame, model)
+        flow = run_chain(faster.frame(frame) if faster else frame, chunk, state if known is None else {"z": state["z"]}, weight, known)
+    if foreseen is None:
+        terms, after = _learn_unrolled(model, chunk, rows, state, flow, weight)
+    else:
+        learn, leaves = partial(learn_foreseen, model), foreseen.leaves()
+        terms = (faster.learn(learn) if faster else learn)(leaves, chunk.x, chunk.mask, chunk.weights, chunk.noise, flow, weight)
+        foreseen.backward(leaves)
+        after = {**foreseen.after, "z": flow["z"][:, -1]}
+    trace = torch.cat([flow["step.elbo"], rows.shaped(terms.elbo.detach()).unsqueeze(-1)], -1)
+    return _seen(trace, rows, terms, after)
 
 
 def _foresee(model: FilterModel, chunk: Chunk, rows: _Rows, state: FilterState) -> Foreseen | None:
@@ -131,8 +154,10 @@ def _foresee(model: FilterModel, chunk: Chunk, rows: _Rows, state: FilterState) 
     core = None if chunk.needs_filling else generative.foresee(state, chunk.x)
     if core is None:
         return None
-    context = generative.context(_by_row(core[:-1]))
-    return Foreseen(core, context, _reading(model, rows, context))
+    before = {name: rows.flat(value) for name, value in core[0].items()}
+    context = generative.context(before)
+    parts = {"before": before, "context": context, "reading": _reading(model, rows, context)}
+    return Foreseen({f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}, state["z"], core[1])
 
 
 def _reading(model: FilterModel, rows: _Rows, context: dict[str, Tensor]) -> Context:
@@ -180,12 +205,27 @@ def foreseen_frame(
     model: FilterModel, known: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor
 ) -> tuple[FilterState, Flow]:
     """The same where only prior and z are left to go frame by frame. `known`: a frame's part of `Foreseen`, and the last z."""
-    context, reading = (
-        {name.removeprefix(kind): value for name, value in known.items() if name.startswith(kind)} for kind in ("context.", "reading.")
-    )
-    frame = Frame(model.generative, Prediction(model.generative.prior(known, context), context))
+    before, context, reading = (_named(known, part) for part in ("before.", "context.", "reading."))
+    with Keep(model.generative) as kept:
+        prior = model.generative.prior({**before, "z": known["z"]}, context)
+    frame = Frame(model.generative, Prediction(prior, context))
     _, samples, flow = _refined(model, frame, reading, x, mask, noise, kl_weight)
-    return {"z": samples[:, 0]}, flow
+    return {"z": samples[:, 0]}, {**flow, **_numbered("prior.product.", kept.products)}
+
+
+def _named(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of `values` whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def _numbered(prefix: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{i}": value for i, value in enumerate(values)}
+
+
+def _in_order(values: dict[str, Tensor], prefix: str) -> list[Tensor]:
+    """What `_numbered` has named."""
+    found = _named(values, prefix)
+    return [found[str(i)] for i in range(len(found))]
 
 
 def _refined(
@@ -195,8 +235,9 @@ def _refined(
     belief = init(frame, model.inference, context, mask)
     steps: list[Flow] = []
     for k in range(len(noise) - 1):
-        new, _, seen = refine_seen(frame, model.inference, x, mask, context, belief, (noise[k],), kl_weight)
-        steps.append(_step_flow(belief, seen))
+        with Keep(model.inference) as kept:
+            new, _, seen = refine_seen(frame, model.inference, x, mask, context, belief, (noise[k],), kl_weight)
+        steps.append(_step_flow(belief, seen) | _numbered("product.", kept.products))
         belief = new
     q = belief.q[0]
     samples = q.rsample(noise[-1])
@@ -213,33 +254,42 @@ def _step_flow(belief: State, seen: Evidence) -> Flow:
     return flow | {f"memory.{name}": value for name, value in belief.memory.items()}
 
 
-def _learn(
-    model: FilterModel, chunk: Chunk, rows: _Rows, state: FilterState, foreseen: Foreseen | None, flow: Flow, kl_weight: Tensor
-) -> ChunkSeen:
-    """θ's gradient from all frames at once, then φ's."""
-    generative = model.generative
-    q = DiagonalGaussian(rows.flat(flow["mu"]).requires_grad_(), rows.flat(flow["log_sigma"]).requires_grad_())
-    if foreseen is None:
-        fixed = DiagonalGaussian(flow["mu"], flow["log_sigma"])
-        states = generative.unroll(state, flow["x"], chunk.mask, fixed, flow["z"])
-        frame, after = predict(generative, _by_row(states[:-1])), states[-1]
-    else:
-        z = {"z": torch.cat([state["z"].unsqueeze(1), flow["z"][:, :-1]], 1).flatten(0, 1)}
-        prior = generative.prior({**foreseen.before, **z}, foreseen.context)
-        frame, after = Frame(generative, Prediction(prior, foreseen.context)), {**foreseen.core[-1], "z": flow["z"][:, -1]}
+def _learn_unrolled(
+    model: FilterModel, chunk: Chunk, rows: _Rows, state: FilterState, flow: Flow, kl_weight: Tensor
+) -> tuple[ElboTerms, FilterState]:
+    """Adds the gradients of θ and φ, all z and λ being known; the objective, and the state after the chunk."""
+    fixed = DiagonalGaussian(flow["mu"], flow["log_sigma"])
+    states = model.generative.unroll(state, flow["x"], chunk.mask, fixed, flow["z"])
+    frame = predict(model.generative, _by_row(states[:-1]))
+    return _learn(model, rows, frame, _reading(model, rows, frame.prediction.context), flow, kl_weight), states[-1]
+
+
+def learn_foreseen(
+    model: FilterModel, known: dict[str, Tensor], x: Tensor, mask: Tensor, weights: Tensor, noise: Tensor, flow: Flow, kl_weight: Tensor
+) -> ElboTerms:
+    """Adds the gradients of θ and φ, and those of the leaves `known` (`Foreseen`), all z and λ being known; the objective, (B · T, …)."""
+    rows = _Rows(Chunk(x, mask, weights, noise))
+    before, context, reading = (_named(known, part) for part in ("before.", "context.", "reading."))
+    z = torch.cat([known["z"].unsqueeze(1), flow["z"][:, :-1]], 1).flatten(0, 1)
+    with Give([rows.flat(product) for product in _in_order(flow, "prior.product.")]):
+        prior = model.generative.prior({**before, "z": z}, context)
+    return _learn(model, rows, Frame(model.generative, Prediction(prior, context)), reading, flow, kl_weight)
+
+
+def _learn(model: FilterModel, rows: _Rows, frame: Frame, reading: Context, flow: Flow, kl_weight: Tensor) -> ElboTerms:
+    """θ's gradient from all frames at once, then φ's. `reading`: what f reads of the frames themselves."""
+    q = DiagonalGaussian(*(rows.flat(flow[name]).detach().requires_grad_() for name in ("mu", "log_sigma")))
     terms = elbo(frame, (q,), rows.x, rows.mask, (rows.noise,))
     (-(rows.weights * terms.annealed(kl_weight)).sum()).backward()
     assert q.mu.grad is not None
     assert q.log_sigma.grad is not None
     if any(parameter.requires_grad for parameter in model.inference.parameters()):
-        reading = _reading(model, rows, frame.prediction.context) if foreseen is None else foreseen.reading
         _learn_inference(model, rows, flow, reading, (q.mu.grad, q.log_sigma.grad), terms)
-    trace = torch.cat([flow["step.elbo"], rows.shaped(terms.elbo.detach()).unsqueeze(-1)], -1)
-    return _seen(trace, rows, terms, after)
+    return ElboTerms(terms.log_likelihood.detach(), terms.kl.detach())
 
 
 def _learn_inference(model: FilterModel, rows: _Rows, flow: Flow, reading: Context, last: tuple[Tensor, Tensor], terms: ElboTerms) -> None:
-    """φ's gradient from one call of f on every step of every frame. `reading`: what it reads of the frames themselves.
+    """φ's gradient from one call of f on every step of every frame, with the matrix products of the chain.
 
     What f read is fixed, and what the loss sends back into its answer λ_k is −∇λ L(λ_k)/K: known for k < K, since it is
     what the next call read; `last` is that of λ_K, already a descent direction and weighed.
@@ -252,7 +302,8 @@ def _learn_inference(model: FilterModel, rows: _Rows, flow: Flow, reading: Conte
     belief = State((DiagonalGaussian(each["mu"], each["log_sigma"]),), memory)
     seen = Evidence((DiagonalGaussian(each["grad_mu"], each["grad_log_sigma"]),), error_x, error_z, terms)
     context = {name: value.repeat_interleave(count, 0) for name, value in reading.items()}
-    answer = model.inference.step(belief, context, seen).q[0]
+    with Give(_in_order(each, "product.")):
+        answer = model.inference.step(belief, context, seen).q[0]
     # a frame of which nothing was observed took no step: f's answer was not used
     used = observed(rows.mask).unsqueeze(1)
     weight = -rows.weights.reshape(-1, 1, 1)
@@ -267,17 +318,19 @@ def _back_through_time(model: FilterModel, chunk: Chunk, kl_weight: float | Tens
     """An own filter's update: the chain of z with autograd, then the objective of all frames at once."""
     rows, state = _Rows(chunk), _start(model, chunk)
     core = None if chunk.needs_filling else model.generative.foresee(state, chunk.x)
-    whole, q, state = _chain_of_z(model, chunk, state) if core is None else _foreseen_chain(model, chunk, rows, core, state["z"])
+    if core is None:
+        whole, q, state = _chain_of_z(model, chunk, state)
+    else:
+        before = {name: rows.flat(value) for name, value in core[0].items()}
+        whole, q, z = _foreseen_chain(model, chunk, rows, before, state["z"])
+        state = {**core[1], "z": z}
     terms = elbo(Frame(model.generative, whole), (q,), rows.x, rows.mask, (rows.noise,))
     (-(rows.weights * terms.annealed(kl_weight)).sum()).backward()
     return _seen(rows.shaped(terms.elbo.detach()).unsqueeze(-1), rows, terms, state)
 
 
-Chained = tuple[Prediction, DiagonalGaussian, FilterState]
-"""The predictions and answers of a chunk's frames, (B · T, …), and the state after it."""
-
-
-def _chain_of_z(model: FilterModel, chunk: Chunk, state: FilterState) -> Chained:
+def _chain_of_z(model: FilterModel, chunk: Chunk, state: FilterState) -> tuple[Prediction, DiagonalGaussian, FilterState]:
+    """The predictions and answers of a chunk's frames, (B · T, …), and the state after it."""
     generative, fill = model.generative, chunk.needs_filling
     predictions: list[Prediction] = []
     answers: list[DiagonalGaussian] = []
@@ -293,21 +346,24 @@ def _chain_of_z(model: FilterModel, chunk: Chunk, state: FilterState) -> Chained
     return Prediction(_gathered([p.prior for p in predictions]), context), _gathered(answers), state
 
 
-def _foreseen_chain(model: FilterModel, chunk: Chunk, rows: _Rows, core: list[FilterState], z: Tensor) -> Chained:
-    """The same where x alone decides what the filter reads of the past: only prior and z are left to go frame by frame."""
+def _foreseen_chain(
+    model: FilterModel, chunk: Chunk, rows: _Rows, before: FilterState, z: Tensor
+) -> tuple[Prediction, DiagonalGaussian, Tensor]:
+    """The same where x alone decides what the filter reads of the past, and `before`: only prior and z go frame by frame. Gives the
+    last z."""
     generative, inference = model.generative, model.inference
-    context = generative.context(_by_row(core[:-1]))
+    context = generative.context(before)
     reading = inference.context(generative.standardise(rows.x), rows.mask, generative.summary(context))
-    contexts, readings = rows.by_frame(context), rows.by_frame(reading)
+    states, contexts, readings = (rows.by_frame(values) for values in (before, context, reading))
     priors: list[DiagonalGaussian] = []
     answers: list[DiagonalGaussian] = []
     for t, (mask, noise) in enumerate(zip(chunk.mask.unbind(1), chunk.noise[:, -1].unbind(0), strict=True)):
-        prior = generative.prior({**core[t], "z": z}, contexts[t])
+        prior = generative.prior({**states[t], "z": z}, contexts[t])
         q = init(Frame(generative, Prediction(prior, contexts[t])), inference, readings[t], mask).q[0]
         z = q.rsample(noise)[:, 0]
         priors.append(prior)
         answers.append(q)
-    return Prediction(_gathered(priors), context), _gathered(answers), {**core[-1], "z": z}
+    return Prediction(_gathered(priors), context), _gathered(answers), z
 
 
 def _gathered(gaussians: Sequence[DiagonalGaussian]) -> DiagonalGaussian:

@@ -2,7 +2,8 @@
 
 What cannot be batched over frames, the chain of z (training/sequence_step.py), is compiled: one frame is traced into a flat
 graph of tensor operations, in which nothing is differentiated at run time, and reused for every frame and chunk. A graph of
-a whole chunk would be no faster and take T times as long to compile (docs/log.md).
+a whole chunk would be no faster and take T times as long to compile (docs/log.md). Where x alone decides the core's states, what
+θ and φ learn from all frames at once is a second graph; the core itself and its backward pass stay as they are.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from models.catalogue import FilterModel
 from models.generative.filter import FilterState
-from training.sequence_step import ChainFrame, Chunk, ChunkSeen, Flow, accumulate_sequence
+from models.objective import ElboTerms
+from training.sequence_step import ChainFrame, Chunk, ChunkSeen, Flow, Learn, accumulate_sequence
 
-Key = tuple[int, int, bool]
-"""Rows, steps and whether missing entries are filled."""
+Key = tuple[int, ...]
+"""What the shapes of a compiled part depend on."""
 
 SIGHTINGS = 2
 """A chunk shape is compiled for when it comes for the second time: the odd last batch is not worth the wait."""
@@ -39,24 +42,49 @@ class SequenceGradients:
     def __init__(self, model: FilterModel, precision: torch.dtype | None = None, compiled: bool = True):
         self._model, self._precision = model, precision
         self._frames: dict[Key, CompiledFrame] = {}
+        self._lessons: dict[Key, CompiledLesson] = {}
         self.compilations = 0
-        """How many chunk shapes were compiled for: an update that raised it took long."""
-        self._seen: Counter[Key] = Counter()
+        """How many parts were compiled: an update that raised it took long."""
+        self._seen: Counter[tuple[object, ...]] = Counter()
         self._wants_compiled = compiled and model.inference.refines
 
     def __call__(self, chunk: Chunk, kl_weight: float) -> ChunkSeen:
         with autocast(chunk.x.device, self._precision):
-            return accumulate_sequence(self._model, chunk, kl_weight, lambda frame: self._faster(chunk, frame))
+            return accumulate_sequence(self._model, chunk, kl_weight, _Faster(self, chunk) if self._wants_compiled else None)
 
-    def _faster(self, chunk: Chunk, frame: ChainFrame) -> ChainFrame:
-        if not self._wants_compiled:
-            return frame
-        key = (len(chunk.x), chunk.noise.shape[1] - 1, chunk.needs_filling)
-        self._seen[key] += 1
-        if key not in self._frames and self._seen[key] >= SIGHTINGS:
+    def frame(self, chunk: Chunk, frame: ChainFrame) -> ChainFrame:
+        """`frame`, compiled once chunks of this shape have come often enough."""
+        key = (len(chunk.x), chunk.noise.shape[1], chunk.needs_filling)
+        if key not in self._frames and self._often(key):
             self._frames[key] = CompiledFrame(self._model, frame, self._precision)
-            self.compilations += 1
         return self._frames[key].chain() if key in self._frames else frame
+
+    def learn(self, chunk: Chunk, learn: Learn) -> Learn:
+        """`learn`, likewise."""
+        key = (*chunk.weights.shape, chunk.noise.shape[1])
+        if key not in self._lessons and self._often(("learn", *key)):
+            self._lessons[key] = CompiledLesson(self._model, learn, self._precision)
+        return self._lessons.get(key, learn)
+
+    def _often(self, key: tuple[object, ...]) -> bool:
+        self._seen[key] += 1
+        often = self._seen[key] >= SIGHTINGS
+        self.compilations += often
+        return often
+
+
+@dataclass(frozen=True)
+class _Faster:
+    """The compiled parts for one chunk."""
+
+    gradients: SequenceGradients
+    chunk: Chunk
+
+    def frame(self, frame: ChainFrame) -> ChainFrame:
+        return self.gradients.frame(self.chunk, frame)
+
+    def learn(self, learn: Learn) -> Learn:
+        return self.gradients.learn(self.chunk, learn)
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> AbstractContextManager[object]:
@@ -73,7 +101,7 @@ class CompiledFrame:
         self._precision = precision
         # the weights of matrix products are rounded, and turned, once per chunk: autocast would do it again for every frame
         self._matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self._frame = _Frame(model, frame)
+        self._frame = _Part(model, frame)
         self._compiled: Callable[..., tuple[FilterState, Flow]] | None = None
 
     def chain(self) -> ChainFrame:
@@ -82,11 +110,10 @@ class CompiledFrame:
 
         def run(state: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor) -> tuple[FilterState, Flow]:
             # of one layout, so that the graph is compiled once; the graph has its casts inside
-            state = {name: value.detach().contiguous() for name, value in state.items()}
-            inputs = (values, turned, state, x.contiguous(), mask.contiguous(), noise, kl_weight)
+            inputs = (values, turned, _plain(state), x.contiguous(), mask.contiguous(), noise.contiguous(), kl_weight)
             with torch.autocast(x.device.type, enabled=False):
                 if self._compiled is None:
-                    self._compiled = torch.compile(self._traced(*inputs), fullgraph=True)
+                    self._compiled = _compile(self._traced(*inputs))
                 return self._compiled(*inputs)
 
         return run
@@ -120,12 +147,65 @@ class CompiledFrame:
         return {name: value + 0 for name, value in after.items()}, flow
 
 
-class _Frame(nn.Module):
-    """A frame as a module, so that `functional_call` can put other parameters into its model."""
+class CompiledLesson:
+    """`learn_foreseen` of `model` for chunks of one shape, compiled at its first call, with the weights as they are at each."""
 
-    def __init__(self, model: FilterModel, frame: ChainFrame):
+    def __init__(self, model: FilterModel, learn: Learn, precision: torch.dtype | None):
+        self._parameters = dict(model.named_parameters())
+        self._precision = precision
+        self._lesson = _Part(model, learn)
+        self._compiled: Callable[..., tuple[list[Tensor | None], dict[str, Tensor | None], Tensor, Tensor]] | None = None
+
+    def __call__(
+        self, known: dict[str, Tensor], x: Tensor, mask: Tensor, weights: Tensor, noise: Tensor, flow: Flow, kl_weight: Tensor
+    ) -> ElboTerms:
+        values = [value.detach() for value in self._parameters.values()]
+        # of one layout, like a frame's
+        plain = [value.contiguous() for value in (x, mask, weights, noise)]
+        given = (values, _plain(known), *plain, _plain(flow), kl_weight)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if self._compiled is None:
+                # a plain function: fx would count the `self` of a bound method as an argument
+                self._compiled = _compile(make_fx(lambda *given: self._pure(*given))(*given))  # noqa: PLW0108
+            found, arrived, log_likelihood, kl = self._compiled(*given)
+        for parameter, gradient in zip(self._parameters.values(), found, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        for name, gradient in arrived.items():
+            known[name].grad = gradient
+        return ElboTerms(log_likelihood, kl)
+
+    def _pure(
+        self, values: list[Tensor], known: dict[str, Tensor], *inputs: Any
+    ) -> tuple[list[Tensor | None], dict[str, Tensor | None], Tensor, Tensor]:
+        """Without side effects: parameters in, the gradients of those that get one out."""
+        leaves = [
+            value.detach().requires_grad_(parameter.requires_grad)
+            for value, parameter in zip(values, self._parameters.values(), strict=True)
+        ]
+        ends = {name: value.detach().requires_grad_() for name, value in known.items()}
+        swapped = {f"model.{name}": leaf for name, leaf in zip(self._parameters, leaves, strict=True)}
+        with torch.enable_grad(), autocast(inputs[0].device, self._precision):
+            terms = functional_call(self._lesson, swapped, (ends, *inputs))
+        return [leaf.grad for leaf in leaves], {name: end.grad for name, end in ends.items()}, terms.log_likelihood, terms.kl
+
+
+class _Part(nn.Module):
+    """A part of an update as a module, so that `functional_call` can put other parameters into its model."""
+
+    def __init__(self, model: FilterModel, part: Callable[..., Any]):
         super().__init__()
-        self.model, self.frame = model, frame
+        self.model, self.part = model, part
 
-    def forward(self, *inputs: Any) -> tuple[FilterState, Flow]:
-        return self.frame(*inputs)
+    def forward(self, *inputs: Any) -> Any:
+        return self.part(*inputs)
+
+
+def _plain(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().contiguous() for name, value in values.items()}
+
+
+def _compile(graph: fx.GraphModule) -> Callable[..., Any]:
+    # whoever calls keeps to the shapes and layouts that a graph was traced with; guards that look at every input again cost as much as
+    # a product
+    return torch.compile(graph, fullgraph=True, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})

@@ -4,12 +4,13 @@
     φ descends  −Σ_i w_i L(λ_i),   each term through its own call of f only;   θ descends  −L(λ_K).      w_i = 1/K
 
 ∇λ L(λ_i), which the next call of f reads, is also all that the loss at λ_i sends into φ. So each λ_i costs one decoder
-pass forward and one back to λ, and φ's backward runs once at the end from these gradients. Sums over rows.
+pass forward and one back to λ, and φ's backward runs once at the end from these gradients, over the rows of all steps at once, with
+the matrix products that the steps have made already (training/kept_products.py). Sums over rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from models.catalogue import LatentModel
 from models.gaussian import DiagonalGaussian, Posterior
 from models.inference.base import State
-from models.objective import ElboTerms, Noise, elbo, evidence
+from models.objective import ElboTerms, Evidence, Noise, elbo, evidence
 from models.refinement import begin
+from training.kept_products import Give, Keep
 
 FreshNoise = Callable[[], Noise]
 
@@ -62,14 +64,11 @@ def accumulate(
     noise: FreshNoise,
     kl_weight: float | Tensor = 1.0,
     late: bool = False,
-    greedy: int | None = None,
 ) -> list[Seen]:
     """Adds the gradients of one update to φ and θ; gives what was seen after 0 … K steps (direct: one entry).
 
     `noise()` must give fresh noise at every call. `late`: w_i ∝ i instead of 1/K, so that the small gains of late steps
-    count beside the large ones of the first (Lin 2019, IODINE). `greedy`: only after so many first steps is there a
-    stop-gradient; the later terms also teach the calls of f before them what these leave to them, ∇λ L staying a mere input
-    (no second derivatives; Andrychowicz 2016). None: after every step, as published.
+    count beside the large ones of the first (Lin 2019, IODINE).
     """
     if not model.inference.refines:
         state, _ = begin(model.generative, model.inference, x, mask)
@@ -84,27 +83,58 @@ def accumulate(
     state = _leaf(state)
     weights = [2 * (i + 1) / (refinement_steps + 1) / refinement_steps if late else 1 / refinement_steps for i in range(refinement_steps)]
     trace: list[Seen] = []
-    outputs: list[Tensor] = []
-    gradients: list[Tensor] = []
-    for k in range(refinement_steps):
-        with torch.no_grad():
-            # θ gets nothing from here: func.grad differentiates λ alone, and no_grad keeps θ out of the graph
+    steps: list[tuple[State, Evidence]] = []
+    products: list[list[Tensor]] = []
+    for _ in range(refinement_steps):
+        # nothing is learned from here: func.grad differentiates λ alone, and no_grad keeps θ and φ out of the graph
+        with torch.no_grad(), Keep(model.inference) as kept:
             seen = evidence(model.generative, state.q, x, mask, noise(), errors=model.inference.reads_errors, kl_weight=kl_weight)
+            new = model.inference.step(state, context, seen)
         trace.append(_seen(seen.terms, _pairs(seen.grad)))
-        if outputs:
-            gradients += [part * -weights[k - 1] for part in _pairs(seen.grad)]
-        new = model.inference.step(state, context, seen)
-        outputs += _pairs(new.q)
-        # stop-gradient between steps: no term reaches φ through an earlier call
-        state = _leaf(new) if greedy is None or k < greedy else new
+        steps.append((state, seen))
+        products.append(kept.products)
+        state = new
 
     last = _leaf(state, requires_grad=True)
     terms = elbo(model.generative, last.q, x, mask, noise())
     (-terms.annealed(kl_weight).sum()).backward()
     descent = _gradients(last.q)
     trace.append(_seen(terms, descent))
-    torch.autograd.backward(outputs, gradients + [part * weights[-1] for part in descent])
+    # the loss at the answer of step k is seen by step k + 1, as +∇λ L, or after the last, as −∇λ L
+    later = [[-part for part in _pairs(seen.grad)] for _, seen in steps[1:]] + [descent]
+    signals = [torch.cat([weight * part for weight, part in zip(weights, parts, strict=True)]) for parts in zip(*later, strict=True)]
+    with Give([torch.cat(parts) for parts in zip(*products, strict=True)]):
+        # each term reaches φ through its own call only: what a step reads is fixed, but for its share of x
+        answer = model.inference.step(
+            _joined_states([before for before, _ in steps]),
+            {name: torch.cat([value] * refinement_steps) for name, value in context.items()},
+            _joined_evidence([seen for _, seen in steps]),
+        )
+    torch.autograd.backward(_pairs(answer.q), signals)
     return trace
+
+
+def _joined_states(states: Sequence[State]) -> State:
+    """The rows of all of them, one after the other."""
+    memory = {name: torch.cat([state.memory[name] for state in states]) for name in states[0].memory}
+    return State(_joined([state.q for state in states]), memory)
+
+
+def _joined_evidence(evidences: Sequence[Evidence]) -> Evidence:
+    errors_x = [seen.error_x for seen in evidences if seen.error_x is not None]
+    errors_z = [seen.error_z for seen in evidences if seen.error_z is not None]
+    terms = [(seen.terms.log_likelihood, seen.terms.kl) for seen in evidences]
+    return Evidence(
+        _joined([seen.grad for seen in evidences]),
+        torch.cat(errors_x) if errors_x else None,
+        tuple(torch.cat(level) for level in zip(*errors_z, strict=True)) if errors_z else None,
+        ElboTerms(*(torch.cat(part) for part in zip(*terms, strict=True))),
+    )
+
+
+def _joined(posteriors: Sequence[Posterior]) -> Posterior:
+    pairs = [torch.cat(parts) for parts in zip(*map(_pairs, posteriors), strict=True)]
+    return tuple(DiagonalGaussian(mu, log_sigma) for mu, log_sigma in zip(pairs[::2], pairs[1::2], strict=True))
 
 
 def _pairs(q: Posterior) -> list[Tensor]:
@@ -120,7 +150,7 @@ def _gradients(q: Posterior) -> list[Tensor]:
 
 def _leaf(state: State, requires_grad: bool = False) -> State:
     q = tuple(DiagonalGaussian(*(part.detach().requires_grad_(requires_grad) for part in _pairs((level,)))) for level in state.q)
-    return State(q, {name: value.detach() for name, value in state.memory.items()})
+    return State(q, state.memory)
 
 
 def _seen(terms: ElboTerms, gradients: list[Tensor]) -> Seen:

@@ -2,7 +2,7 @@
 
 Compiled, the whole of `accumulate` (K decoder passes forward and back, K calls of f, φ's backward) is traced once into a
 flat graph of tensor operations and handed to torch's compiler, which fuses the elementwise work that takes a third of the
-eager time. Nothing is differentiated at run time.
+eager time. Nothing is differentiated at run time. On a GPU the compiled update is replayed as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ class Gradients:
 
     Args:
         autocast: makes the context in which matrices may run at reduced precision.
-        late, greedy: weigh late steps more; how many first steps learn for themselves alone (`accumulate`).
-        compiled: trace and compile at the first call; every later call must have the same shapes.
+        late: weigh late steps more (`accumulate`).
+        compiled: trace and compile at the first call; every later call must have the same shapes. On a GPU what a call returns, and
+            the gradients it leaves, hold until the next call.
     """
 
-    def __init__(
-        self, model: LatentModel, refinement_steps: int, autocast: Autocast, compiled: bool, late: bool = False, greedy: int | None = None
-    ):
+    def __init__(self, model: LatentModel, refinement_steps: int, autocast: Autocast, compiled: bool, late: bool = False):
         self._model, self._autocast = model, autocast
         self._parameters = dict(model.named_parameters())
-        self._update = _Accumulate(model, refinement_steps, len(model.generative.latent_sizes), late, greedy)
+        self._update = _Accumulate(model, refinement_steps, len(model.generative.latent_sizes), late)
         self._compiled: Callable[..., list[Tensor]] | None = None
         self._wants_compiled = compiled
 
@@ -51,7 +50,10 @@ class Gradients:
         if self._compiled is None:
             # a plain function: fx would count the `self` of a bound method as an argument
             pure = make_fx(lambda *args: self._pure(*args))  # noqa: PLW0108
-            self._compiled = torch.compile(pure(values, x, mask, weight, flat), fullgraph=True)
+            graph = pure(values, x, mask, weight, flat)
+            self._compiled = torch.compile(graph, fullgraph=True, options={"triton.cudagraphs": True} if x.is_cuda else None)
+        if x.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
             outputs = self._compiled(values, x, mask, weight, flat)
         for parameter, gradient in zip(self._parameters.values(), outputs, strict=False):
@@ -70,14 +72,13 @@ class Gradients:
 class _Accumulate(nn.Module):
     """`accumulate` as a module, so that `functional_call` can put other parameters in."""
 
-    def __init__(self, model: LatentModel, refinement_steps: int, levels: int, late: bool, greedy: int | None):
+    def __init__(self, model: LatentModel, refinement_steps: int, levels: int, late: bool):
         super().__init__()
-        self.model, self.refinement_steps, self.levels = model, refinement_steps, levels
-        self.late, self.greedy = late, greedy
+        self.model, self.refinement_steps, self.levels, self.late = model, refinement_steps, levels, late
 
     def forward(self, x: Tensor, mask: Tensor, kl_weight: Tensor, noise: list[Tensor]) -> list[Tensor]:
         draws = iter(zip(*(noise[level :: self.levels] for level in range(self.levels)), strict=True))
-        trace = accumulate(self.model, x, mask, self.refinement_steps, lambda: next(draws), kl_weight, self.late, self.greedy)
+        trace = accumulate(self.model, x, mask, self.refinement_steps, lambda: next(draws), kl_weight, self.late)
         return [part for seen in trace for part in (seen.elbo, seen.log_likelihood, seen.grad_mu, seen.grad_log_sigma)]
 
 

@@ -1,6 +1,6 @@
 """LitServe: batch, predict, unbatch.
 
-    python benchmarks/peers/with_litserve.py --artifact DIR --port N --batch 32 --window-ms 2 --workers 1 --threads 1
+python benchmarks/peers/with_litserve.py --artifact DIR --port N --batch 32 --window-ms 2 --workers 1 --threads 1
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Triton Inference Server, through PyTriton: its dynamic batcher in front of a Python function.
 
-    python benchmarks/peers/with_pytriton.py --artifact DIR --port N --batch 32 --window-ms 2 --workers 1 --threads 1
+python benchmarks/peers/with_pytriton.py --artifact DIR --port N --batch 32 --window-ms 2 --workers 1 --threads 1
 """
 
 from __future__ import annotations

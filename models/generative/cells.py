@@ -44,6 +44,11 @@ class Cell(nn.Module, ABC):
             states.append(self.advance(inputs, states[-1]))
         return states
 
+    def before(self, inputs: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """h before each of T known inputs (B, T, inputs), (B, T, hidden), and the state after the last."""
+        states = self.run(self.project(inputs), state)
+        return torch.stack([one["h"] for one in states[:-1]], 1), states[-1]
+
 
 class LSTMCell(Cell):
     """Hochreiter & Schmidhuber 1997 with forget gates that start open: c′ = σ(f) c + σ(i) tanh(g), h′ = σ(o) tanh(c′)."""
@@ -68,6 +73,22 @@ class LSTMCell(Cell):
     def run(self, projected: Tensor, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         h, c = _LSTMRun.apply(projected, self.recurrent.weight, state["h"], state["c"])
         return [state, *({"h": now, "c": cell} for now, cell in zip(h.unbind(0), c.unbind(0), strict=True))]
+
+    def before(self, inputs: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """On a CPU in full precision by torch's own LSTM, which is half as long about it but does not tell c between inputs."""
+        if inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return super().before(inputs, state)
+        weights = [_torch_order(part) for part in (self.input.weight, self.recurrent.weight, self.input.bias)]
+        weights.append(torch.zeros_like(weights[-1]))
+        h, c = (state[name].contiguous().unsqueeze(0) for name in self.names)
+        outputs, h_last, c_last = torch.lstm(inputs.transpose(0, 1).contiguous(), (h, c), weights, True, 1, 0.0, True, False, False)
+        return torch.cat([h, outputs[:-1]]).transpose(0, 1), {"h": h_last[0], "c": c_last[0]}
+
+
+def _torch_order(gates: Tensor) -> Tensor:
+    """Rows of gates i, f, o, g in torch's order i, f, g, o."""
+    i, f, o, g = gates.chunk(4)
+    return torch.cat([i, f, g, o])
 
 
 class _LSTMRun(Function):

@@ -107,9 +107,10 @@ class FilterGenerative(nn.Module, ABC):
         """E_q[log p(x_t | z_t, past)] in nats, (B,): the mean over samples unless a closed form is known."""
         return self.emission(prediction.context, z).log_prob(x, mask).mean(-1)
 
-    def foresee(self, state: FilterState, x: Tensor) -> list[FilterState] | None:
-        """The states before each frame of x (B, T, X) and after the last, without their array `z`, where that is all of them that
-        depends on z: then what is read of them can be computed for all frames at once. None where the past of z enters."""
+    def foresee(self, state: FilterState, x: Tensor) -> tuple[FilterState, FilterState] | None:
+        """Where x (B, T, X) alone decides all of the states but their array `z`: what `context`, `prior` and `summary` read of them
+        before each frame, (B, T, n) each, so that it can be computed for all frames at once, and the state after the last, both
+        without z. None where the past of z enters."""
         return None
 
     def unroll(self, state: FilterState, x: Tensor, mask: Tensor, q: DiagonalGaussian, z: Tensor) -> list[FilterState]:

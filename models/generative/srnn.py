@@ -29,7 +29,7 @@ class SRNN(RecurrentFilter):
         return {**super().begin(), "z": self.first_z}
 
     def context(self, state: FilterState) -> dict[str, Tensor]:
-        core = {name: state[name] for name in self.cell.names}
+        core = {name: state[name] for name in self.cell.names if name in state}
         return {**core, "decoder": self.output.prepare(state["h"])}
 
     def prior(self, state: FilterState, context: dict[str, Tensor]) -> DiagonalGaussian:
@@ -41,11 +41,12 @@ class SRNN(RecurrentFilter):
     def transition(self, context: dict[str, Tensor], x: Tensor, mask: Tensor, q: DiagonalGaussian, z: Tensor) -> FilterState:
         return {**self.cell.advance(self._project(x), context), "z": z}
 
-    def foresee(self, state: FilterState, x: Tensor) -> list[FilterState]:
-        return self._run(self._project(x), state)
+    def foresee(self, state: FilterState, x: Tensor) -> tuple[FilterState, FilterState]:
+        h, after = self.cell.before(self.embed_x(self.standardise(x)), {name: state[name] for name in self.cell.names})
+        return {"h": h}, after
 
     def unroll(self, state: FilterState, x: Tensor, mask: Tensor, q: DiagonalGaussian, z: Tensor) -> list[FilterState]:
-        core = self.foresee(state, x)
+        core = self._run(self._project(x), state)
         return [{**now, "z": drawn} for now, drawn in zip(core, [state["z"], *z.unbind(1)], strict=True)]
 
     def _project(self, x: Tensor) -> Tensor:

@@ -78,4 +78,3 @@ class IterativeInference(Inference):
                 )
             )
         return tuple(new)
-

@@ -111,6 +111,7 @@ def traffic(server: str) -> None:
     for steps in (0, 2, 8):
         body = {"inputs": digits, "steps": steps, "return": ["elbo", "trace"]}
         httpx.post(f"{server}/v1/models/mnist-iterative/encode", json=body, timeout=30).raise_for_status()
+
     async def listen() -> None:
         async for _ in FilterStream(server, "speech-filter", sorted((ROOT / "tests/data/digits").glob("*.wav"))[0]):
             pass

@@ -14,15 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.testing import assert_close
 
-from models.architecture import Architecture, DirectArchitecture, IterativeArchitecture, VAEArchitecture
-from models.catalogue import build
-from models.refinement import steps
+from models.architecture import DirectArchitecture
 from training import loop, run_loop
 from training.checkpoint import LAST, load_last, load_weights
 from training.config import OptimiserConfig, RunConfig
-from training.loop import Trainer, inherited
+from training.loop import Trainer
 from training.run_loop import TrainingFailed, fabric_for
 
 ROOT = Path(__file__).parents[2]
@@ -252,19 +249,3 @@ def test_validation_is_the_same_whenever_it_is_asked(tiny_run: RunConfig, tmp_pa
     before = {name: generator.get_state() for name, generator in one.generators.items()}
     assert one.validate() == one.validate()
     assert all(torch.equal(state, one.generators[name].get_state()) for name, state in before.items())
-
-
-def test_a_refiner_with_further_encodings_begins_as_its_parent() -> None:
-    architecture = Architecture(VAEArchitecture(12, 3, (8,)), IterativeArchitecture(("x", "grad_layer_norm", "q"), (8, 8)))
-    wider = replace(architecture, inference=IterativeArchitecture(("x", "grad_layer_norm", "q", "previous_grad", "step"), (8, 8)))
-    parent, child = build(architecture, seed=1), build(wider, seed=2)
-    torch.nn.init.normal_(parent.inference.heads.weight)
-    child.load_state_dict(inherited(parent.state_dict(), child.state_dict()))
-    x = (torch.rand(5, 12) < 0.5).float()
-    noise = [(torch.randn(5, 2, 3),) for _ in range(4)]
-    paths = [[s.q[0] for s in steps(m.generative, m.inference, x, torch.ones_like(x), 4, lambda k: noise[k])] for m in (parent, child)]
-    for ours, theirs in zip(*paths, strict=True):
-        assert_close(ours.mu, theirs.mu)
-        assert_close(ours.log_sigma, theirs.log_sigma)
-    with pytest.raises(ValueError, match="only encodings may be added"):
-        inherited(child.state_dict(), parent.state_dict())

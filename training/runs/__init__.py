@@ -14,7 +14,6 @@ RUNS: dict[str, Callable[[], RunConfig | SequenceRunConfig]] = {
     "mnist-direct-polished": mnist.mnist_direct_polished,
     "mnist-iterative-polished": mnist.mnist_iterative_polished,
     "mnist-iterative-late": mnist.mnist_iterative_late,
-    "mnist-iterative-chained": mnist.mnist_iterative_chained,
     "mnist-landscape": mnist.mnist_landscape,
     "digits-tiny": mnist.digits_tiny,
     **music.runs(),

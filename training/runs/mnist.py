@@ -84,20 +84,6 @@ def mnist_iterative_late() -> RunConfig:
     return replace(run, refinement=replace(run.refinement, late=True))
 
 
-def mnist_iterative_chained() -> RunConfig:
-    """From there on, f also sees the last gradient and the step's number, and later steps teach the earlier ones (cf. Andrychowicz
-    2016): what an optimiser has that gains momentum. 0.05 nats more after 10 steps, 0.8 less after one (docs/log.md): not shipped.
-    """
-    late = mnist_iterative_late()
-    run = _polished(late, "mnist-iterative-chained", epochs=10)
-    inference = IterativeArchitecture(encodings=(*ENCODINGS, "previous_grad", "step"))
-    return replace(
-        run,
-        architecture=replace(run.architecture, inference=inference),
-        refinement=replace(run.refinement, greedy=0),
-    )
-
-
 def mnist_direct_polished() -> RunConfig:
     """The checkpoint served as `mnist-direct`: as many epochs with the decoder fixed as its rival had."""
     return _polished(mnist_direct_short(), "mnist-direct-polished", epochs=20)

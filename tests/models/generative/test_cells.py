@@ -52,3 +52,25 @@ def test_a_run_whose_cell_state_is_not_read_has_the_same_gradient(generator: tor
         states[-1]["h"].square().sum().backward()
         found.append([parameter.grad.clone() for parameter in cell.parameters() if parameter.grad is not None])
     assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_what_stands_before_each_input_is_that_of_a_run(name: str, generator: torch.Generator) -> None:
+    cell = CELLS[name](INPUTS, HIDDEN).double()
+    x = torch.randn(B, T, INPUTS, generator=generator, dtype=torch.float64).requires_grad_()
+    start = {part: torch.randn(B, HIDDEN, generator=generator, dtype=torch.float64).requires_grad_() for part in cell.names}
+    signals = torch.randn(B, T, HIDDEN, generator=generator, dtype=torch.float64)
+    states = cell.run(cell.project(x), start)
+    found = []
+    for h, last in (cell.before(x, start), (torch.stack([state["h"] for state in states[:-1]], 1), states[-1])):
+        total = (h * signals).sum() + sum(last[part].square().sum() for part in cell.names)
+        found.append([h, *last.values(), *torch.autograd.grad(total, [x, *start.values(), *cell.parameters()])])
+    assert_close(found[0], found[1])
+
+
+def test_in_single_precision_too(generator: torch.Generator) -> None:
+    cell, x = CELLS["lstm"](INPUTS, HIDDEN), torch.randn(B, T, INPUTS, generator=generator)
+    start = {part: torch.randn(B, HIDDEN, generator=generator) for part in cell.names}
+    fast, slow = cell.before(x, start)[0], torch.stack([state["h"] for state in cell.run(cell.project(x), start)[:-1]], 1)
+    found = [[h, *torch.autograd.grad(h.square().sum(), list(cell.parameters()))] for h in (fast, slow)]
+    assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

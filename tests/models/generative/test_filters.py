@@ -200,6 +200,8 @@ def test_the_state_of_an_srnn_holds_the_next_deterministic_state_already(generat
 
 @pytest.mark.parametrize("kind", ["vrnn", "srnn"])
 def test_the_weights_of_a_gaussian_model_score_the_mass_of_quantised_frames_too(kind: str, generator: torch.Generator) -> None:
+    # the weights decide how far an interval is from narrow: with those left by other tests 1e-4 was once missed
+    torch.manual_seed(0)
     architecture = replace(GENERATIVE["vrnn" if kind == "vrnn" else "srnn gru gaussian"], interval=1e-3)
     density, mass = FILTERS[kind](architecture).double(), FILTERS[kind](replace(architecture, likelihood="quantised_gaussian")).double()
     density.set_statistics(torch.tensor(0.1), torch.tensor(0.6))
