@@ -13,19 +13,21 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
-def make_engines_fail(every: int) -> None:
+def make_engines_fail(every: int, serving: Callable[[], bool]) -> None:
+    """`serving`: whether models are loaded; before that, a failure would only refuse them."""
     from service.engine.onnx import OnnxEngine
 
     run, calls = OnnxEngine.run, {"static": count(1), "filter": count(1)}
 
     def failing(self: Any, program: str, arrays: Any) -> Any:
-        if program in ("step", "frame_K") and next(calls[self.card.family]) % every == 0:
+        if program in ("step", "frame_K") and serving() and next(calls[self.card.family]) % every == 0:
             raise RuntimeError("injected failure")
         return run(self, program, arrays)
 
@@ -58,7 +60,7 @@ def main(fail_every: int, idle_s: float) -> None:
     configure_logging(settings.log_level)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     app = create_app(settings)
-    make_engines_fail(fail_every)
+    make_engines_fail(fail_every, lambda: hasattr(app.state, "server"))
     end_when_idle(app.state.metrics, idle_s)
     serve(app, settings, app.state.metrics)
 

@@ -102,7 +102,7 @@ def _start(folder: Path, fail_every: int) -> tuple[int, int]:
     }
     command = [sys.executable, str(Path(__file__).with_name("_soak_server.py")), str(fail_every), str(IDLE_S)]
     with (folder / "server.log").open("ab") as log:  # a session of its own: Ctrl-C is for the clients
-        process = subprocess.Popen(command, env={**os.environ, **settings}, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=log, start_new_session=True)
     until = time.monotonic() + 120
     while not _is_ready(port):
         if process.poll() is not None or time.monotonic() > until:
