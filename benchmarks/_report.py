@@ -24,10 +24,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def keep(name: str, results: Mapping[str, Any]) -> Path:
-    """Writes benchmarks/results/<name>.json and returns its path."""
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
+def keep(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes <name>.json into benchmarks/results, or where a run that is only a trial should leave it, and returns its path."""
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.json"
     file.write_text(json.dumps({**_where_and_when(), **results}, indent=1) + "\n")
     return file
 

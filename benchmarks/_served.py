@@ -45,28 +45,12 @@ class Timed:
             self.measured[name] = 1e3 * (time.monotonic() - started)
 
 
-def _fail_steps(every: int) -> None:
-    """The ONNX engine raises on every so-manieth step of a static model: what a soak wants to see survived."""
-    from service.engine.onnx import OnnxEngine
-
-    run, calls = OnnxEngine.run, iter(range(1, 10**12))
-
-    def failing(self: Any, program: str, arrays: Any) -> Any:
-        if program == "step" and self.card.family == "static" and next(calls) % every == 0:
-            raise RuntimeError("injected failure")
-        return run(self, program, arrays)
-
-    OnnxEngine.run = failing  # type: ignore[method-assign]
-
-
 def serve(port: int) -> None:
     import uvicorn
 
     from service.app import create_app
     from service.settings import read_settings
 
-    if (every := int(os.environ.get("FAIL_STEPS_EVERY", "0"))) > 0:
-        _fail_steps(every)
     app = Timed(create_app(read_settings()))
     uvicorn.run(app, host="127.0.0.1", port=port, loop="auto", http="httptools", access_log=False, log_level="warning", server_header=False)
 

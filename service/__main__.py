@@ -1,4 +1,4 @@
-"""elbow-serve run | check ARTIFACT | bench ARTIFACT | key NAME."""
+"""elbow-serve run [--FLAG VALUE ...] | check ARTIFACT | bench ARTIFACT | key NAME."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything can import onnxruntime, which else writes into the home folder
@@ -16,10 +16,12 @@ import numpy as np
 from models.artifact import Arrays, Artifact, ArtifactError, Signer
 from service.engine.base import Engine
 from service.engine.parity import reduced_programs, verify_parity, verify_precision
+from service.settings import flag_names
 
 BATCHES = (1, 8, 64)
 WARM_UP_CALLS = 5
 BENCH_SECONDS = 0.5
+RUN = "Each flag is also a variable, ELBOW_<FLAG>, and comes before it; secrets are variables only (docs/operations.md has them all)."
 SWITCH_INTERVAL_S = 2e-5
 """After each run of the engine its thread asks for the interpreter back. With Python's 5 ms it waits for the event loop to pause;
 with this it waits for one request at most (docs/decisions/surface.md has what that is worth)."""
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "run":
-            return run()
+            return run(_given(options))
         if options.command == "key":
             return key(options.name, options.quota)
         return check(options.artifact) if options.command == "check" else bench(options.artifact, options.threads)
@@ -38,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run() -> int:
-    """Serves until SIGTERM or Ctrl-C; everything comes from ELBOW_ variables (service/settings.py)."""
+def run(flags: Mapping[str, str] | None = None) -> int:
+    """Serves until SIGTERM or Ctrl-C; everything comes from `flags` or from ELBOW_ variables (service/settings.py)."""
     from service.app import create_app
     from service.process import serve
     from service.settings import read_settings
     from service.telemetry import configure_logging
 
-    settings = read_settings()
+    settings = read_settings(flags=flags)
     configure_logging(settings.log_level)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     app = create_app(settings)
@@ -140,10 +142,18 @@ def _signer() -> Signer | None:
     return Signer(secret=key.encode()) if key else None
 
 
+def _given(options: argparse.Namespace) -> dict[str, str]:
+    """The flags of `run` that were given, by setting."""
+    return {name: value for name in flag_names() if (value := getattr(options, name)) is not None}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="elbow-serve", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("run", help="serve the repository (ELBOW_ variables configure it)")
+    command = commands.add_parser("run", help="serve the repository", description=RUN, allow_abbrev=False)
+    for name, field in flag_names().items():
+        metavar = "BOOL" if field.annotation is bool else name.rpartition("_")[2].upper()
+        command.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=str(field.description).replace("%", "%%"))
     command = commands.add_parser("key", help="make an API key: prints it once, and the line of its sha256 for ELBOW_KEYS_FILE")
     command.add_argument("name", help="whose key it is; `admin` for the key of the admin routes")
     command.add_argument("--quota", help="ROW_STEPS_PER_SECOND[/BURST]")

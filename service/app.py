@@ -35,6 +35,7 @@ from service.scheduler.scheduler import Scheduler
 from service.settings import Settings
 from service.streams.tokens import Tokens
 from service.telemetry import LOG, Metrics
+from service.tracing import telemetry
 
 ASKED_HEADERS = ["Authorization", "X-API-Key", "Content-Type", "X-Request-ID", "traceparent"]
 TOLD_HEADERS = ["X-Request-ID", "Retry-After"]
@@ -91,9 +92,10 @@ def create_app(settings: Settings) -> FastAPI:
     return assemble(metrics, lifespan, body_s=settings.body_s, origins=settings.allowed_origins)
 
 
-def assemble(metrics: Metrics, lifespan: Any, *, body_s: float = 10.0, origins: Sequence[str] = ()) -> FastAPI:
+def assemble(metrics: Metrics, lifespan: Any, *, body_s: float = 10.0, origins: Sequence[str] = (), tracer_provider: Any = None) -> FastAPI:
     """Routes, middleware and error handlers around a lifespan that sets `app.state.server`."""
-    app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    spans: Any = telemetry(tracer_provider)
+    app = ElbowApp(title="Elbow", docs_url="/docs", redoc_url=None, redirect_slashes=False, lifespan=lifespan, telemetry=spans)
     # matched in order: the busiest first
     app.router.routes[:0] = [*infer.ROUTES, *oip.ROUTES, *filters.ROUTES, *models.ROUTES, *tokens.ROUTES, *health.ROUTES, *admin.ROUTES]
     endpoints = {endpoint.name: endpoint for endpoint in infer.ENDPOINTS}

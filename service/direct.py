@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.tracing import TELEMETRY
+
 Endpoint = Callable[[Request], Awaitable[Response]]
-TELEMETRY = "fastapi.telemetry"
-"""Where FastAPI keeps a request's span, if anything listens."""
 
 
 class DirectRoutes:

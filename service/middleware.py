@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import problem_response, unforeseen
 from service.telemetry import LOG, Call, Metrics
+from service.tracing import span_of
 
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
 """W3C trace context: version, trace id, parent id, flags; later versions may add to it."""
@@ -30,6 +31,8 @@ class RequestMiddleware:
         started, status = time.perf_counter(), 0
         call = scope["call"] = Call(_request_id(scope))
         scope["request_id"] = call.request_id
+        if (span := span_of(scope)) is not None:
+            span.set_attribute("elbow.request_id", call.request_id)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -70,7 +73,10 @@ def _request_id(scope: Scope) -> str:
 
 
 def _trace(scope: Scope) -> dict[str, str]:
-    """The trace that the client says this request belongs to; read only when a line is written."""
+    """The trace that this request belongs to, as our span has it or the client says; read only when a line is written."""
+    if (span := span_of(scope)) is not None:
+        context = span.get_span_context()
+        return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
     for name, value in scope["headers"]:
         if name == b"traceparent" and (found := _TRACEPARENT.fullmatch(value)):
             return {"trace_id": found[1].decode(), "parent_id": found[2].decode()}

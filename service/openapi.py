@@ -16,8 +16,8 @@ from service.access import OPEN_PATHS
 from service.arrays import LARGEST
 from service.errors import FRAMEWORK_CODES, PROBLEM_JSON, STATUS
 from service.jobs import MAX_DIRECT_STEPS, Limits
-from service.noise import MAX_STEP
 from service.oip import openapi as oip
+from service.posterior import last_step
 from service.repository import ServedModel
 from service.routes.infer import ENDPOINTS, Endpoint
 from service.tensor_bodies import NPY, NPZ, RAW
@@ -172,7 +172,7 @@ def _body_schema(body: type[schemas.Body], card: Card, limits: Limits) -> Json:
         "seed": {"anyOf": [_seed(), {"type": "array", "items": _seed(), **rows}]},
     }
     for name in fields.keys() & exact.keys():
-        if name != "seed" or "type" not in fields[name]:
+        if name != "seed" or not fields[name].keys() & {"type", "anyOf"}:  # generate and filter have one seed, as their bodies say
             fields[name] |= exact[name]
     if body is schemas.ReconstructBody:
         for name in ("inputs", "posterior"):
@@ -233,7 +233,7 @@ def _posterior_in(card: Card) -> Json:
         "type": "object",
         "required": ["step", "levels"],
         "properties": {
-            "step": {"type": "integer", "minimum": 0, "maximum": MAX_STEP - card.max_steps},
+            "step": {"type": "integer", "minimum": 0, "maximum": last_step(card)},
             "levels": {"type": "array", "prefixItems": levels, "minItems": len(levels), "maxItems": len(levels), "items": False},
             "carry": {"type": ["string", "null"]},
         },

@@ -18,14 +18,18 @@ from service.arrays import check_batch, read_vectors
 from service.body import describe, whole
 from service.carry import CarryError, pack, unpack
 from service.errors import InvalidInput
-
-MAX_STEP = 2**31 - 1
+from service.noise import MAX_STEP
 
 
 def beyond_lambda(card: Card) -> tuple[TensorSpec, ...]:
     """The carry arrays that are not λ: what `carry` strings hold."""
     shown = {array for level in card.levels for array in level.parameters.values()}
     return tuple(tensor for tensor in card.carry if tensor.name not in shown)
+
+
+def last_step(card: Card) -> int:
+    """The largest step at which a posterior may stand, so that noise is left for as many steps as the model takes at once."""
+    return MAX_STEP - card.max_steps
 
 
 def write_posterior(card: Card, step: int, kl: NDArray[Any], carry: Arrays, sha256: str) -> dict[str, Any]:
@@ -82,8 +86,9 @@ def _step(entry: Any, path: str, card: Card) -> int:
     """Checks the skeleton of one entry and returns its step."""
     _check_keys(entry, path, required={"step", "levels"}, optional={"carry"})
     step, levels, carry = whole(entry["step"]), entry["levels"], entry.get("carry")
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
-        raise InvalidInput.at(f"{path}.step", f"must be a whole number of at least 0, not {describe(step)}")
+    last = last_step(card)
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= last:
+        raise InvalidInput.at(f"{path}.step", f"must be a whole number from 0 to {last}, not {describe(step)}")
     if carry is not None and not isinstance(carry, str):
         raise InvalidInput.at(f"{path}.carry", f"must be a string as a reply returned it, not {describe(carry)}")
     if not isinstance(levels, list) or len(levels) != len(card.levels):

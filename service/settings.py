@@ -1,4 +1,4 @@
-"""All that comes from the environment, read once by the entry point and passed to `create_app`."""
+"""All that comes from the environment or the command line, read once by the entry point and passed to `create_app`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "ELBOW_"
@@ -20,7 +21,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on")
     repository: Path = Field(default=Path("artifacts"), description="folder of <name>/<version>/ artifacts")
     watch_s: float = Field(default=0.0, ge=0, description="seconds between looks into the repository for new versions; 0: on request only")
     closed_form: bool = Field(default=False, description="also serve the exact conjugate-Gaussian stand-in, for demos and load runs")
@@ -38,7 +39,11 @@ class Settings(BaseSettings):
     max_importance_samples: int = Field(default=5_000, ge=1, description="most samples of the importance-weighted log p(x)")
     max_deadline_ms: float = Field(default=600_000.0, gt=0, description="longest deadline a client may name")
     queue_rows: int = Field(default=20_000, ge=1, description="rows that may wait, per model; beyond it: 503")
-    max_wait_s: float = Field(default=1.0, gt=0, description="seconds of promised work, per model, beyond which requests get 503")
+    max_wait_s: float = Field(
+        default=1.0,
+        gt=0,
+        description="seconds of promised work, per model, beyond which requests get 503; elastic ones give up steps from a quarter of it",
+    )
     keys_file: Path | None = Field(
         default=None, description="API keys, one a line: NAME SHA256 [ROW_STEPS_PER_SECOND[/BURST]] (elbow-serve key prints one)"
     )
@@ -55,7 +60,7 @@ class Settings(BaseSettings):
     max_sequences: int = Field(default=512, ge=1, description="sequences of the Open Inference Protocol that may be live at once")
     max_message_bytes: int = Field(default=2**20, ge=1024, description="largest WebSocket message")
     stream_idle_s: float = Field(default=60.0, gt=0, description="a stream that says nothing for so long is closed")
-    tls_cert_file: Path | None = Field(default=None, description="certificate chain (PEM); with tls_key_file: serve HTTPS and WSS")
+    tls_cert_file: Path | None = Field(default=None, description="certificate chain (PEM); with TLS_KEY_FILE: serve HTTPS and WSS")
     tls_key_file: Path | None = Field(default=None, description="its private key (PEM)")
     max_connections: int = Field(default=4096, ge=1, description="HTTP connections open at once; beyond it: 503")
     max_head_bytes: int = Field(default=16_384, ge=1024, description="largest request line and headers together; beyond it: 431")
@@ -102,14 +107,19 @@ class Settings(BaseSettings):
         return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)
 
 
-def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Settings from the environment.
+def flag_names() -> dict[str, FieldInfo]:
+    """The settings that may also be given on the command line: all but secrets, which every user of the machine could read there."""
+    return {name: field for name, field in Settings.model_fields.items() if field.annotation != (SecretStr | None)}
+
+
+def read_settings(environ: Mapping[str, str] = os.environ, flags: Mapping[str, str] | None = None) -> Settings:
+    """Settings from the environment; `flags`, by field, come before it.
 
     Raises:
-        ValueError: a variable is out of bounds, or begins with ELBOW_ and is none of ours (misspelt), naming it.
+        ValueError: a value is out of bounds, or a variable begins with ELBOW_ and is none of ours (misspelt), naming it.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields} | FOREIGN
     unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known)
     if unknown:
         raise ValueError(f"unknown variable {', '.join(unknown)}: known are {', '.join(sorted(known))}")
-    return Settings()
+    return Settings.model_validate(dict(flags or {}))

@@ -15,6 +15,8 @@ from service.streams.columns import frame_columns
 
 NAME = "elbow"
 EXTENSIONS = ("binary_tensor_data", "parameters", "statistics", "model_configuration", "sequence", "sequence(string_id)")
+REPOSITORY = "model_repository"
+"""The extension of index, load and unload, which a server has when it has an admin key."""
 PLATFORMS = {"onnx": ("onnx_onnxv1", "onnxruntime"), "torchscript": ("pytorch_torchscript", "pytorch")}
 """Engine -> the platform and backend by which clients know it; any other goes by its own name."""
 
@@ -24,6 +26,10 @@ def server_version() -> str:
         return version(NAME)
     except PackageNotFoundError:  # run from the source tree, not installed
         return "unknown"
+
+
+def server_metadata(*, has_repository: bool) -> dict[str, Any]:
+    return {"name": NAME, "version": server_version(), "extensions": [*EXTENSIONS, *([REPOSITORY] if has_repository else [])]}
 
 
 def outputs_of(model: ServedModel, method: Method) -> tuple[Column, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from models.artifact import Card
+from service.body import describe
 from service.columns import level_arrays
 from service.errors import InvalidInput
 from service.oip.wire import X, check_shape
@@ -103,7 +104,7 @@ def method_named(name: Any, card: Card) -> Method:
     """
     methods = methods_of(card)
     if not isinstance(name, str) or name not in methods:
-        given = f'"{name[:40]}"' if isinstance(name, str) else "that"
+        given = f'"{name[:40]}"' if isinstance(name, str) else describe(name)
         raise InvalidInput.at("parameters.method", f"{card.name} has no method {given}: one of {', '.join(methods)}")
     return methods[name]
 

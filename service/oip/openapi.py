@@ -59,14 +59,15 @@ def _infer(model: ServedModel, native: Json, row: Json, problems: Problems) -> J
         "properties": {"name": {"const": "x"}, "shape": {"const": [1, *card.x.shape]}, "datatype": {"const": "FP32"}, "data": row},
         "additionalProperties": False,
     }
-    parameters = {name: native[name] for name in PARAMETERS if name in native} | {"method": {"enum": [*methods[:1], None]}}
-    if "seed" in parameters and "anyOf" in parameters["seed"]:
-        parameters["seed"] = parameters["seed"]["anyOf"][0]  # a parameter of the protocol is a single value
+    parameters = {name: native[name] for name in PARAMETERS if name in native} | {"method": {"enum": methods[:1]}}
+    if "seed" in parameters:  # a parameter of the protocol is a single value
+        single = [kind for kind in parameters["seed"]["anyOf"] if kind["type"] != "array"]
+        parameters["seed"] = {**parameters["seed"], "anyOf": single}
     schema = {
         "type": "object",
         "required": ["inputs"],
         "properties": {
-            "id": {"type": "string", "description": "comes back with the reply"},
+            "id": {"type": ["string", "null"], "description": "comes back with the reply"},
             "parameters": {"type": "object", "properties": parameters, "additionalProperties": False},
             "inputs": {"type": "array", "prefixItems": [x], "minItems": 1, "maxItems": 1, "items": False},
         },

@@ -5,19 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
 from starlette.requests import Request
 
 from models.artifact import Card
-from service.body import check_announced, read_bytes
+from service.body import check_announced, parse_object, read_bytes
 from service.deps import model_of
-from service.errors import InvalidInput, UnknownModel, UnsupportedMedia
+from service.errors import ArtifactRefused, InvalidInput, UnknownModel, UnsupportedMedia
 from service.inflate import IDENTITY, check_encoding, inflate
 from service.oip.methods import Method, default_method, method_named
 from service.oip.sequences import SequenceControl, read_control
 from service.oip.wire import HEAD_LENGTH, Inference, read_inference
-from service.repository import ServedModel
+from service.repository import Repository, ServedModel
+from service.schemas import Body, read_body_fields
 
 MEDIA = ("application/json", "application/octet-stream", "")
+
+
+class RepositoryBody(Body):
+    """The JSON of load and unload."""
+
+    parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,29 @@ def named_model(request: Request, endpoint: str) -> ServedModel:
         return model_of(request, endpoint)
     except UnknownModel as exc:
         raise UnknownModel(f"Request for unknown model: {exc.detail}") from exc
+
+
+def load_named(repository: Repository, name: str) -> None:
+    """Loads the newest version of `name`, its refusal worded as clients of the protocol expect it.
+
+    Raises:
+        UnknownModel, ArtifactRefused: as `Repository.load`.
+    """
+    try:
+        repository.load(name)
+    except (UnknownModel, ArtifactRefused) as exc:
+        raise type(exc)(f"failed to load {name[:80]!r}: {exc.detail}") from exc
+
+
+def read_repository_parameters(raw: bytes) -> None:
+    """What a body of load or unload may say. A model is loaded as its folder has it: no other configuration, no files.
+
+    Raises:
+        MalformedBody, InvalidInput: it is not JSON, or asks for more.
+    """
+    body = read_body_fields(RepositoryBody, parse_object(raw)) if raw else RepositoryBody()
+    for name in body.parameters.keys() - {"unload_dependents"}:  # nothing depends on a model here
+        raise InvalidInput.at(f"parameters.{name[:40]}", "is not supported: a model is loaded as the repository has it")
 
 
 async def receive(request: Request, limit: int) -> Received:

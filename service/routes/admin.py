@@ -15,9 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.body import parse_object, read_body
+from service.body import parse_object, read_body, read_bytes
 from service.deps import Server, caller_of, server_of
 from service.errors import Forbidden, Unauthorized
+from service.oip.requests import load_named, read_repository_parameters
 from service.replies import json_response
 from service.schemas import Body, read_body_fields
 
@@ -55,17 +56,19 @@ async def reload(request: Request, server: Server) -> object:
 
 async def v2_index(request: Request, server: Server) -> object:
     rows: Any = await asyncio.to_thread(server.repository.index)
-    raw = await read_body(request, MAX_BODY_BYTES)
+    raw = await read_bytes(request, MAX_BODY_BYTES)
     only_ready = bool(raw) and parse_object(raw).get("ready") is True
     return [row for row in rows if row["state"] == "READY" or not only_ready]
 
 
 async def v2_load(request: Request, server: Server) -> object:
-    await asyncio.to_thread(server.repository.load, request.path_params["model"])
+    read_repository_parameters(await read_bytes(request, MAX_BODY_BYTES))
+    await asyncio.to_thread(load_named, server.repository, request.path_params["model"])
     return {}
 
 
 async def v2_unload(request: Request, server: Server) -> object:
+    read_repository_parameters(await read_bytes(request, MAX_BODY_BYTES))
     await asyncio.to_thread(server.repository.unload, request.path_params["model"])
     return {}
 

@@ -10,7 +10,8 @@ from starlette.routing import Route
 
 from service.deps import Server, server_of
 from service.errors import ShuttingDown
-from service.oip.metadata import EXTENSIONS, NAME, model_config, model_metadata, server_version
+from service.oip import metadata
+from service.oip.metadata import model_config, model_metadata
 from service.oip.requests import named_model
 from service.replies import json_response
 from service.repository import ServedModel
@@ -19,7 +20,7 @@ from service.routes import oip_infer
 
 async def server_metadata(request: Request) -> Response:
     request.scope["call"].endpoint = "v2"
-    return json_response({"name": NAME, "version": server_version(), "extensions": EXTENSIONS})
+    return json_response(metadata.server_metadata(has_repository=server_of(request).keys.has_admin))
 
 
 async def live(request: Request) -> Response:

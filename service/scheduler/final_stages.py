@@ -287,5 +287,6 @@ def _log_sum_exp(values: NDArray[np.float32]) -> NDArray[np.float64]:
     wide = values.astype(np.float64)
     most = np.max(wide, axis=1)
     safe = np.where(np.isfinite(most), most, 0.0)
-    total: NDArray[np.float64] = np.log(np.sum(np.exp(wide - safe[:, None]), axis=1)) + safe
+    with np.errstate(divide="ignore"):  # a row all of whose values are −∞ has −∞
+        total: NDArray[np.float64] = np.log(np.sum(np.exp(wide - safe[:, None]), axis=1)) + safe
     return total

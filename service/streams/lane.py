@@ -107,7 +107,7 @@ class StreamLane:
     # The engine thread.
 
     def has_work(self) -> bool:
-        return bool(self._fed or self._leaving or self._ready)
+        return bool(self._fed or self._leaving or self._ready or self._out)
 
     def in_use(self) -> bool:
         """A stream finishes on the version it began with, however long it lasts."""
@@ -115,6 +115,8 @@ class StreamLane:
 
     def urgency(self) -> float:
         self._collect()
+        if self._out:  # a portion without frames is finished as it is collected, and whoever waits for it need not wait for others
+            return -math.inf
         return min((stream.due() for stream in self._ready), default=math.inf) + URGENT_S
 
     def answered(self) -> list[Portion]:

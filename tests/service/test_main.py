@@ -86,6 +86,13 @@ def test_run_refuses_a_misspelt_variable(monkeypatch, capsys):
     assert "unknown variable ELBOW_PROT" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--prot", "--keys", "--token-secret"])  # misspelt; secrets, which anybody could read in the process list
+def test_run_refuses_what_is_no_flag(flag, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", flag, "1"])
+    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
 @pytest.fixture
 def server(tmp_path):
     """(process, url, log file) of `elbow-serve run` with the closed-form model."""

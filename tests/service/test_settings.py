@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from service.settings import Settings, read_settings
+from service.settings import Settings, flag_names, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +51,16 @@ def test_secrets_are_masked():
 def test_one_core_is_left_to_the_event_loop():
     assert Settings(threads=3).engine_threads == 3
     assert Settings().engine_threads >= 1
+
+
+def test_a_flag_comes_before_its_variable_and_is_checked_like_it(monkeypatch):
+    monkeypatch.setenv("ELBOW_PORT", "9000")
+    monkeypatch.setenv("ELBOW_MAX_ROWS", "7")
+    settings = read_settings(flags={"port": "9001", "closed_form": "true"})
+    assert (settings.port, settings.max_rows, settings.closed_form) == (9001, 7, True)
+    with pytest.raises(ValueError, match="port"):
+        read_settings(flags={"port": "70000"})
+
+
+def test_every_setting_is_a_flag_but_for_the_secrets():
+    assert set(Settings.model_fields) - set(flag_names()) == {"signing_key", "keys", "admin_key_sha256", "token_secret"}

@@ -60,6 +60,7 @@ def test_the_server_says_what_it_has(service):
         said = service.get(path).json()
         assert said["name"] == "elbow"
         assert "binary_tensor_data" in said["extensions"]
+        assert "model_repository" not in said["extensions"]  # there is no admin key, so there are no such routes
     assert service.get("/v2/health/live").json() == {"live": True}
     assert service.get("/v2/health/ready").json() == {"ready": True}
     assert service.get("/v2/models").json() == {"models": ["digits", "direct", "images", "recurrent"]}

@@ -138,7 +138,8 @@ def test_all_offending_fields_are_listed(service):
         ([3], "posterior[0]", "must be an object"),
         ([{"levels": POSTERIOR["levels"]}], "posterior[0].step", "is required"),
         ([POSTERIOR | {"step": 1.5}], "posterior[0].step", "whole number"),
-        ([POSTERIOR | {"step": -1}], "posterior[0].step", "at least 0"),
+        ([POSTERIOR | {"step": -1}], "posterior[0].step", "from 0 to 1048511"),
+        ([POSTERIOR | {"step": 1_048_512}], "posterior[0].step", "from 0 to 1048511"),  # noise is left for 64 steps after the last one
         ([POSTERIOR | {"sigma": 1}], "posterior[0].sigma", "not part of a posterior"),
         ([POSTERIOR | {"levels": []}], "posterior[0].levels", "must be a list of 1"),
         ([POSTERIOR | {"levels": [{"mu": [0.0] * 4}]}], "posterior[0].levels[0].log_sigma", "is required"),

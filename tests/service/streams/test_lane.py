@@ -97,6 +97,19 @@ def test_a_stream_among_others_gets_what_it_gets_alone(engine: OnnxEngine, bench
         np.testing.assert_allclose(elbos(portions[i]), expected, atol=1e-4, rtol=1e-5)
 
 
+def test_what_is_finished_as_it_is_collected_is_answered_though_another_lane_was_served(engine: OnnxEngine, bench: Bench) -> None:
+    """Found by the soak: the scheduler asks every lane how urgent it is, which collects; then it served another lane, and this one,
+    with nothing left in line, was not asked again. A stream's `close` was answered when another stream had something to say."""
+    stream = bench.open(StreamSpec(steps=2, seed=1))
+    bench.feed(stream, frames(0, 2))
+    bench.run()
+    ending = bench.feed(stream, frames(0, 0), wants_state=True)
+    assert bench.lane.urgency() == -np.inf
+    assert bench.lane.has_work()
+    bench.run()
+    assert bench.done[-1] is ending
+
+
 def test_the_fused_program_gives_what_its_parts_give(engine: OnnxEngine, bench: Bench) -> None:
     """`prediction` is only to be had from the parts."""
     fused = alone(engine, StreamSpec(steps=2, seed=1), frames(0, 8))
