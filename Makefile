@@ -41,7 +41,7 @@ bench-gpu: $(GPU_ARTIFACTS)  ## benchmarks/gpu.py and kernels.py on cuda, with P
 	PYTHONPATH=. $(PYTHON) benchmarks/kernels.py --device cuda --artifacts $(GPU_ARTIFACTS)
 
 check: $(VENV)/.dev  ## lint and strict types
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	$(BIN)/mypy
 
 # load.py needs wrk and the peers' environments, image.py Docker, gpu.py has its own target, soak.py and overload.py take long.
