@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -116,10 +116,24 @@ def read_settings(environ: Mapping[str, str] = os.environ, flags: Mapping[str, s
     """Settings from the environment; `flags`, by field, come before it.
 
     Raises:
-        ValueError: a value is out of bounds, or a variable begins with ELBOW_ and is none of ours (misspelt), naming it.
+        ValueError: a value is out of bounds, or a variable begins with ELBOW_ and is none of ours (misspelt), naming it. Values are not
+            repeated: some are secrets.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields} | FOREIGN
     unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known)
     if unknown:
         raise ValueError(f"unknown variable {', '.join(unknown)}: known are {', '.join(sorted(known))}")
-    return Settings.model_validate(dict(flags or {}))
+    try:
+        return Settings.model_validate(dict(flags or {}))
+    except ValidationError as exc:
+        raise ValueError("; ".join(_said(error) for error in exc.errors(include_input=False, include_url=False))) from None
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    """One error in a line: the variable, the flag where there is one, and what it takes."""
+    what = str(error["msg"]).removeprefix("Value error, ")
+    if not error["loc"]:
+        return what
+    field = str(error["loc"][0])
+    flag = f" (--{field.replace('_', '-')})" if field in flag_names() else ""
+    return f"{PREFIX}{field.upper()}{flag}: {what}"

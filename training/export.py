@@ -7,7 +7,6 @@ eager model on real rows, and an artifact that disagrees is not written.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +18,7 @@ from models.artifact import Card, Signer, write_card, write_reference
 from models.catalogue import FilterModel, LatentModel, build_filter
 from training.checkpoint import load_weights
 from training.config import RunConfig
-from training.export_files import Description, ExportError, check_parity, program_spec, write_programs
+from training.export_files import Description, ExportError, check_parity, new_version, program_spec, write_programs
 from training.export_filter import describe_filter
 from training.export_static import describe_static
 from training.precision import offer_int8
@@ -53,19 +52,13 @@ def export(
             too much.
         FileExistsError: that version is there already: versions never change.
     """
-    target = repository / name / version
-    if target.exists():
-        raise FileExistsError(f"{target} exists, and a version never changes: choose another --version")
-    model, run, facts = load_weights(checkpoint)
-    if likelihood is not None:
-        model, run = _with_likelihood(model, run, likelihood)
-    if int8 and not isinstance(model, LatentModel):
-        raise ExportError("--int8: a filter's frame measures in the program in which it chooses: only static models have int8")
-    described = _describe(model, run, rows, samples, data_root, quiet)
-    partial = target.with_name(f".{version}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_version(repository, name, version) as (partial, target):
+        model, run, facts = load_weights(checkpoint)
+        if likelihood is not None:
+            model, run = _with_likelihood(model, run, likelihood)
+        if int8 and not isinstance(model, LatentModel):
+            raise ExportError("--int8: a filter's frame measures in the program in which it chooses: only static models have int8")
+        described = _describe(model, run, rows, samples, data_root, quiet)
         write_programs(partial, model, described.programs, described.constants)
         write_reference(partial, described.reference)
         check_parity(partial, described.programs, described.reference)
@@ -87,11 +80,6 @@ def export(
             assert isinstance(run, RunConfig)
             card = offer_int8(partial, card, model, run, rows=rows, samples=samples, data_root=data_root)
         write_card(partial, card, signer)
-    except BaseException:
-        # a half-written version is of no use to anyone
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(target)
     return target
 
 

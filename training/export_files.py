@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.artifact import WEIGHTS, Arrays, ProgramSpec, parity_error
+from models.artifact import WEIGHTS, Arrays, Artifact, ProgramSpec, parity_error
 from models.catalogue import FilterModel, LatentModel
 from models.programs import Program
 from training.tracing import safetensors_offsets, to_onnx, to_torchscript, trace, weight_attribute
@@ -42,6 +44,33 @@ class Description:
 
 class ExportError(Exception):
     """An exported program does not compute what the model computes."""
+
+
+@contextmanager
+def new_version(repository: Path, name: str, version: str) -> Iterator[tuple[Path, Path]]:
+    """A version's folder, written whole or not at all: gives (where to write, what it will be called at the end).
+
+    Raises:
+        FileExistsError: that version is there already.
+    """
+    target = repository / name / version
+    if target.exists():
+        raise FileExistsError(f"{target} exists, and a version never changes: choose another version or repository")
+    partial = target.with_name(f".{version}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial, target
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(target)
+
+
+def copy_files(artifact: Artifact, folder: Path) -> None:
+    """Everything the card lists; the card itself is written anew."""
+    for name in artifact.card.files:
+        shutil.copyfile(artifact.file(name), folder / name)
 
 
 def program_spec(name: str, program: Program) -> ProgramSpec:

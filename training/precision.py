@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from training.config import RunConfig
 from training.data.binarise import observe
 from training.data.catalogue import load
 from training.evaluate import BINARISE_SEED, MEASURE_SEED, REFINE_SEED, measured
-from training.export_files import ExportError
+from training.export_files import ExportError, copy_files, new_version
 from training.quantise import NotQuantisable, to_int8
 from training.step import fresh_noise
 
@@ -83,21 +82,10 @@ def quantise(
     """
     artifact = Artifact.open(folder)
     model, run, _ = load_static(folder)
-    target = repository / artifact.card.name / artifact.card.version
-    if target.exists():
-        raise FileExistsError(f"{target} exists, and a version never changes: choose another repository")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for name in artifact.card.files:
-            shutil.copyfile(artifact.file(name), partial / name)
+    with new_version(repository, artifact.card.name, artifact.card.version) as (partial, target):
+        copy_files(artifact, partial)
         card = artifact.card.model_copy(update={"files": {}})
         write_card(partial, offer_int8(partial, card, model, run, rows=rows, samples=samples, data_root=data_root), signer)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(target)
     return target
 
 

@@ -7,7 +7,6 @@ reference stay what they were, and every program is held to the reference again.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -17,7 +16,7 @@ from models.catalogue import FilterModel
 from models.filter_programs import filter_programs
 from models.programs import static_programs
 from training.checkpoint import load_weights
-from training.export_files import PARITY, ExportError, run_torchscript
+from training.export_files import PARITY, ExportError, copy_files, new_version, run_torchscript
 from training.tracing import to_torchscript, trace
 
 
@@ -30,24 +29,17 @@ def retrace(folder: Path, repository: Path, signer: Signer | None = None) -> Pat
     artifact = Artifact.open(folder)
     model, run, _ = load_weights(folder)
     served = filter_programs(model, run.refinement.steps) if isinstance(model, FilterModel) else static_programs(model)
-    target = repository / artifact.card.name / artifact.card.version
-    if target.exists():
-        raise FileExistsError(f"{target} exists, and a version never changes: choose another repository")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in artifact.card.files:
-        shutil.copyfile(artifact.file(name), partial / name)
-    reference, weights = artifact.reference(), load_file(folder / WEIGHTS)
-    for name, program in served.programs.items():
-        file = partial / artifact.card.programs[name].files["torchscript"]
-        file.write_bytes(to_torchscript(*trace(model, program)))
-        inputs, outputs = reference[name]
-        made = run_torchscript(file, weights, [inputs[spec.name] for spec in program.inputs])
-        for spec, value in zip(program.outputs, made, strict=True):
-            error = parity_error(value, outputs[spec.name])
-            if not error <= PARITY:
-                raise ExportError(f"{name}: output {spec.name} differs from the reference by {error:.1e} (limit {PARITY})")
-    write_card(partial, artifact.card.model_copy(update={"files": {}}), signer)
-    partial.rename(target)
+    with new_version(repository, artifact.card.name, artifact.card.version) as (partial, target):
+        copy_files(artifact, partial)
+        reference, weights = artifact.reference(), load_file(folder / WEIGHTS)
+        for name, program in served.programs.items():
+            file = partial / artifact.card.programs[name].files["torchscript"]
+            file.write_bytes(to_torchscript(*trace(model, program)))
+            inputs, outputs = reference[name]
+            made = run_torchscript(file, weights, [inputs[spec.name] for spec in program.inputs])
+            for spec, value in zip(program.outputs, made, strict=True):
+                error = parity_error(value, outputs[spec.name])
+                if not error <= PARITY:
+                    raise ExportError(f"{name}: output {spec.name} differs from the reference by {error:.1e} (limit {PARITY})")
+        write_card(partial, artifact.card.model_copy(update={"files": {}}), signer)
     return target

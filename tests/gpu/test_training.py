@@ -2,7 +2,7 @@
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch")
 
 from models.architecture import Architecture, IterativeArchitecture, VAEArchitecture  # noqa: E402
 from models.catalogue import build  # noqa: E402
-from training.config import DataConfig, OptimiserConfig, RefinementConfig, RunConfig  # noqa: E402
+from tests.training.conftest import SAMPLE, four_by_four  # noqa: E402
+from training.config import DataConfig  # noqa: E402
 from training.loop import Trainer  # noqa: E402
 from training.run_loop import fabric_for  # noqa: E402
 from training.step import fresh_noise  # noqa: E402
@@ -19,7 +20,6 @@ from training.update import Gradients  # noqa: E402
 # torch's compiler takes tens of seconds
 DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
 B, S, X, D, K = 6, 2, 10, 3, 3
-SAMPLE = Path(__file__).parents[1] / "data" / "mnist_sample.npz"
 UPDATES = 5
 """A GPU's first updates warm up and record the graph; the later ones replay it."""
 
@@ -49,18 +49,7 @@ def test_compiled_updates_on_a_device_are_the_eager_ones_of_the_host(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_compiled_run_learns_on_a_device(device, tmp_path):
-    run = RunConfig(
-        name="tiny",
-        architecture=Architecture(VAEArchitecture(784, 4, (16,)), IterativeArchitecture(("x", "grad_layer_norm", "q"), (16,))),
-        data=DataConfig(f"npz:{SAMPLE}"),
-        refinement=RefinementConfig(steps=2, samples=2, antithetic=True),
-        optimiser=OptimiserConfig(learning_rate=2e-3, clip_norm=50.0),
-        batch_size=16,
-        epochs=4,
-        train_rows=64,
-        validation_rows=16,
-        compiled=True,
-    )
+    run = replace(four_by_four(), data=DataConfig(f"npz:{SAMPLE}"), compiled=True)
     Trainer(run, tmp_path, fabric_for(device)).fit()
     first, *_, last = [json.loads(line)["valid_elbo"][-1] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert last > first

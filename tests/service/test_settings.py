@@ -40,7 +40,7 @@ def test_a_variable_of_training_does_no_harm(monkeypatch):
 )
 def test_a_value_out_of_bounds_is_refused(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=name.removeprefix("ELBOW_").lower()):
+    with pytest.raises(ValueError, match=name):
         read_settings()
 
 

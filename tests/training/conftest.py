@@ -16,6 +16,10 @@ SAMPLE = Path(__file__).parents[1] / "data" / "mnist_sample.npz"
 
 @pytest.fixture(scope="session")
 def tiny_run() -> RunConfig:
+    return four_by_four()
+
+
+def four_by_four() -> RunConfig:
     """Four epochs of four updates."""
     return RunConfig(
         name="tiny",
