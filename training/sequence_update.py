@@ -100,20 +100,25 @@ class CompiledFrame:
         self._parameters = dict(model.named_parameters())
         self._precision = precision
         # the weights of matrix products are rounded, and turned, once per chunk: autocast would do it again for every frame
-        self._matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._matrices = [name for name in self._parameters if name in linear]
+        self._turned = set(self._matrices)
+        """Those that the frame reads the other way: all of them until it is traced."""
         self._frame = _Part(model, frame)
         self._compiled: Callable[..., tuple[FilterState, Flow]] | None = None
 
     def chain(self) -> ChainFrame:
         values = self._values()
-        turned = [value.t().contiguous() for name, value in zip(self._parameters, values, strict=True) if name in self._matrices]
+        by_name = dict(zip(self._parameters, values, strict=True))
+        # one that the graph does not read stands in for itself
+        turned = [by_name[name].t().contiguous() if name in self._turned else by_name[name] for name in self._matrices]
 
         def run(state: FilterState, x: Tensor, mask: Tensor, noise: Tensor, kl_weight: Tensor) -> tuple[FilterState, Flow]:
             # of one layout, so that the graph is compiled once; the graph has its casts inside
             inputs = (values, turned, _plain(state), x.contiguous(), mask.contiguous(), noise.contiguous(), kl_weight)
             with torch.autocast(x.device.type, enabled=False):
                 if self._compiled is None:
-                    self._compiled = _compile(self._traced(*inputs))
+                    self._compiled = compile_graph(self._traced(*inputs), x.device)
                 return self._compiled(*inputs)
 
         return run
@@ -124,13 +129,14 @@ class CompiledFrame:
         traced = make_fx(lambda *inputs: self._pure(*inputs))(*inputs)  # noqa: PLW0108
         given = [node for node in traced.graph.nodes if node.op == "placeholder"]
         matrices = [node for node, name in zip(given, self._parameters, strict=False) if name in self._matrices]
-        other = dict(zip(matrices, given[len(self._parameters) :], strict=False))
-        other |= {turned: matrix for matrix, turned in other.items()}
+        turned = dict(zip(matrices, given[len(self._parameters) :], strict=False))
+        other = turned | {that: this for this, that in turned.items()}
         for node in list(traced.graph.nodes):
             if node.target is torch.ops.aten.t.default and node.args[0] in other:
                 node.replace_all_uses_with(other[node.args[0]])
                 traced.graph.erase_node(node)
         traced.recompile()
+        self._turned = {name for name, node in zip(self._matrices, turned.values(), strict=True) if node.users}
         return traced
 
     def _values(self) -> list[Tensor]:
@@ -166,7 +172,7 @@ class CompiledLesson:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if self._compiled is None:
                 # a plain function: fx would count the `self` of a bound method as an argument
-                self._compiled = _compile(make_fx(lambda *given: self._pure(*given))(*given))  # noqa: PLW0108
+                self._compiled = compile_graph(make_fx(lambda *given: self._pure(*given))(*given), x.device)  # noqa: PLW0108
             found, arrived, log_likelihood, kl = self._compiled(*given)
         for parameter, gradient in zip(self._parameters.values(), found, strict=True):
             if gradient is not None:
@@ -205,7 +211,11 @@ def _plain(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in values.items()}
 
 
-def _compile(graph: fx.GraphModule) -> Callable[..., Any]:
-    # whoever calls keeps to the shapes and layouts that a graph was traced with; guards that look at every input again cost as much as
-    # a product
-    return torch.compile(graph, fullgraph=True, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
+def compile_graph(graph: fx.GraphModule, device: torch.device) -> Callable[..., Any]:
+    """`graph` compiled for the shapes and layouts that it was traced with, to which whoever calls it keeps: guards that look at every
+    input again cost as much as a product. On a CPU what calls the kernels is C++ too: a frame has some forty, and Python takes about
+    5 µs for each."""
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    if device.type == "cpu":
+        options["cpp_wrapper"] = True
+    return torch.compile(graph, fullgraph=True, options=options)

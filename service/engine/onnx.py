@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from models.artifact import Arrays, Artifact, ArtifactError, ProgramSpec
 from service.engine.base import HostRows
+from service.engine.crew import Crew, Feeds, Returned
 from service.engine.parity import reduced_programs, verify_parity, verify_precision
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, which else writes a device id into the home folder
@@ -28,7 +29,7 @@ class OnnxEngine(HostRows):
 
     Args:
         artifact: verified; every program of its card must have an ONNX file.
-        threads: threads per operator. None of them spins between calls: the HTTP loop shares the cores.
+        threads: they share the rows of a call (service/engine/crew.py) and sleep between calls: the HTTP loop shares the cores.
         precision: one that the card offers.
 
     Raises:
@@ -40,8 +41,9 @@ class OnnxEngine(HostRows):
         self.name, self.card, self.begin = FORMAT, artifact.card, artifact.begin()
         self.precision = precision
         others = reduced_programs(self)
+        self._crew = Crew(threads)
         self._programs = {
-            program: _Program(artifact, program, spec, others.get(program, spec.files), threads)
+            program: _Program(artifact, program, spec, others.get(program, spec.files))
             for program, spec in artifact.card.programs.items()
         }
         self.parity = verify_parity(self, artifact)
@@ -49,24 +51,24 @@ class OnnxEngine(HostRows):
             verify_precision(self, artifact)
 
     def run(self, program: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
-        return self._programs[program](arrays)
+        return self._programs[program](arrays, self._crew)
 
     def close(self) -> None:
         self._programs.clear()
+        self._crew.close()
 
 
 class _Program:
     """One session; the card's names stand for the graph's inputs and outputs in order."""
 
-    def __init__(self, artifact: Artifact, program: str, spec: ProgramSpec, files: Mapping[str, str], threads: int):
+    def __init__(self, artifact: Artifact, program: str, spec: ProgramSpec, files: Mapping[str, str]):
         if FORMAT not in files:
             raise ArtifactError(f"{artifact.path}: program {program!r} has no ONNX file; it has {sorted(files) or 'none'}")
         file = artifact.file(files[FORMAT])
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime's errors share no base class that it exports
@@ -81,6 +83,10 @@ class _Program:
         self._inputs = [(name, tensor.name, np.dtype(tensor.dtype)) for name, tensor in zip(names, spec.inputs, strict=True)]
         self._outputs = [tensor.name for tensor in spec.outputs]
 
-    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+    def __call__(self, arrays: Mapping[str, NDArray[Any]], crew: Crew) -> Arrays:
         feeds = {name: np.ascontiguousarray(arrays[tensor], dtype) for name, tensor, dtype in self._inputs}
-        return dict(zip(self._outputs, self._session.run(self._returned, feeds), strict=True))
+        return dict(zip(self._outputs, crew.run(self._run, feeds), strict=True))
+
+    def _run(self, feeds: Feeds) -> Returned:
+        returned: Returned = self._session.run(self._returned, dict(feeds))
+        return returned

@@ -16,11 +16,11 @@ LIMIT = 1e-5
 
 
 def make(kind, artifact, **kwargs) -> Engine:
-    if kind == "onnx":
+    if kind.startswith("onnx"):
         pytest.importorskip("onnxruntime")
         from service.engine.onnx import OnnxEngine
 
-        return OnnxEngine(artifact, **kwargs)
+        return OnnxEngine(artifact, **({"threads": 3} if kind == "onnx, 3 threads" else {}), **kwargs)
     pytest.importorskip("torch")
     if kind != "torchscript":
         from service.engine.torchscript_device import TorchScriptDeviceEngine
@@ -31,7 +31,7 @@ def make(kind, artifact, **kwargs) -> Engine:
     return TorchScriptEngine(artifact, **kwargs)
 
 
-KINDS = ["onnx", "torchscript", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+KINDS = ["onnx", "onnx, 3 threads", "torchscript", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 """An engine, or the device of the device engine; on "cpu" that has the slots, buckets and keys of a GPU, and no graphs."""
 
 
@@ -146,7 +146,7 @@ def test_wrong_weights_are_refused_by_name_of_program_and_output(kind, copy, art
 
 
 def test_a_program_that_is_not_one_is_refused(kind, copy, artifact):
-    (copy / artifact.card.programs["decode"].files["onnx" if kind == "onnx" else "torchscript"]).write_bytes(b"not a program")
+    (copy / artifact.card.programs["decode"].files["onnx" if kind.startswith("onnx") else "torchscript"]).write_bytes(b"not a program")
     with pytest.raises(ArtifactError, match="cannot load"):
         make(kind, reopened(copy, artifact.card))
 
