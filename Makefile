@@ -43,6 +43,7 @@ bench-gpu: $(GPU_ARTIFACTS)  ## benchmarks/gpu.py and kernels.py on cuda, with P
 check: $(VENV)/.dev  ## lint and strict types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy --explicit-package-bases benchmarks/*.py
 
 # load.py needs wrk and the peers' environments, image.py Docker, gpu.py has its own target, soak.py and overload.py take long.
 BENCH := $(filter-out $(patsubst %,benchmarks/%.py,load image gpu soak overload), $(wildcard benchmarks/[a-z]*.py))

@@ -27,7 +27,8 @@ class Timed:
     """ASGI around the application: milliseconds from the scope to the last byte, by X-Request-ID; GET /measured takes them."""
 
     def __init__(self, app: Any):
-        self.app, self.measured = app, {}
+        self.app = app
+        self.measured: dict[str, float] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -93,7 +94,8 @@ class Connection(asyncio.Protocol):
     """One request at a time on a kept connection: `ask` gives (status, head, body)."""
 
     def __init__(self) -> None:
-        self._buffer, self._waiting = b"", None
+        self._buffer = b""
+        self._waiting: asyncio.Future[tuple[int, bytes, bytes]] | None = None
         self.transport: Any = None
         self.lost = False
 
@@ -106,9 +108,10 @@ class Connection(asyncio.Protocol):
             self._waiting.set_exception(ConnectionError("the server closed the connection"))
 
     def ask(self, request: bytes) -> asyncio.Future[tuple[int, bytes, bytes]]:
-        self._buffer, self._waiting = b"", asyncio.get_running_loop().create_future()
+        self._buffer, waiting = b"", asyncio.get_running_loop().create_future()
+        self._waiting = waiting
         self.transport.write(request)
-        return self._waiting
+        return waiting
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -125,7 +128,8 @@ class Pool:
     """Connections that are free; `ask` takes one, or opens another."""
 
     def __init__(self, port: int):
-        self._port, self._free = port, []
+        self._port = port
+        self._free: list[Connection] = []
 
     async def ask(self, request: bytes) -> tuple[int, bytes, bytes]:
         connection = None

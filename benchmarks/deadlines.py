@@ -162,7 +162,7 @@ def main() -> None:
     with server() as (port, _):
         results = asyncio.run(measure(port, args.seconds))
     kept: dict[str, Any] = {key: results[key] for key in ("capacity_per_s", "zero_steps_ms", "tolerance")}
-    rows = []
+    rows: list[list[Any]] = []
     for load in ("tight", "idle", "loaded"):
         kept[load] = {"all": summary(results[load])}
         for deadline in sorted({one["deadline_ms"] for one in results[load]}) if load != "tight" else ():

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from _report import keep
 
-from training.checkpoint import load_weights
+from training.checkpoint import load_static
 from training.evaluate import Effort, evaluate, table
 
 SHIPPED = [Path(__file__).parents[1] / "checkpoints" / name / "1" for name in ("mnist-direct", "mnist-iterative")]
@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     effort = Effort(rows=args.rows, importance_rows=args.importance_rows, gap_rows=args.gap_rows)
-    evaluations = [evaluate(*load_weights(path), effort, args.data) for path in args.artifacts]
+    evaluations = [evaluate(*load_static(path), effort, args.data) for path in args.artifacts]
     print(text := table(evaluations))
     keep("evaluation", {"effort": asdict(effort), "evaluations": [asdict(e) for e in evaluations], "table": text})
 

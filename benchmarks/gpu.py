@@ -132,8 +132,8 @@ def measure_steps(bench: Bench, artifact: Artifact, batches: list[int], bandwidt
 
 def eager_inputs(engine: TorchScriptDeviceEngine, batch: int) -> list[torch.Tensor]:
     """What a step reads, on the device."""
-    sizes = {"rows": batch, "samples": engine.card.samples}
-    shapes = [[sizes.get(n, n) for n in t.shape] for t in engine.card.programs["step"].inputs]  # type: ignore[call-overload]
+    sizes: dict[int | str, int] = {"rows": batch, "samples": engine.card.samples}
+    shapes = [[int(sizes.get(n, n)) for n in t.shape] for t in engine.card.programs["step"].inputs]
     return [torch.rand(shape, device=engine._place) for shape in shapes]
 
 

@@ -180,7 +180,7 @@ def kernels(step: Step, inputs: Sequence[Tensor], device: torch.device) -> int |
             torch.cuda.synchronize(device)
     events = seen.events() or []
     if device.type == "cuda":
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+        return sum(event.device_type.name == "CUDA" for event in events)
     names = [event.name.removeprefix("aten::") for event in events if event.name.startswith("aten::")]
     return sum(not name.startswith((*_VIEWS, *_INSIDE)) for name in names)
 

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _contenders import HERE, Contender, Settings, contenders, running
 from _report import RESULTS, artifact_name, keep, table
+from _servers import HERE, Contender, Settings, contenders, running
 
 from models.artifact import Artifact
 from service.engine.onnx import OnnxEngine
@@ -122,7 +122,7 @@ def search(bench: Bench, chosen: list[Contender]) -> None:
     kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     rows = []
     for contender in chosen:
-        tried = [{"settings": s, **_tried(bench, contender, s)} for s in contender.settings]
+        tried: list[dict[str, Any]] = [{"settings": s, **_tried(bench, contender, s)} for s in contender.settings]
         best = max(tried, key=lambda one: one["requests_per_s"])
         kept[contender.name] = {"best": best["settings"], "tried": tried}
         rows += [[contender.name, _say(t["settings"]), t["requests_per_s"], t["p50_ms"], t["p99_ms"], t is best] for t in tried]

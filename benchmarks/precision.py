@@ -29,6 +29,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def forms_of(artifact: Artifact, model: LatentModel, train: Tensor, folder: Path
 
     largest = calibrated(folder, card, files, train)
     script = TorchScriptEngine(artifact, threads=1)
-    torchscript: Form = {program: lambda arrays, program=program: script.run(program, arrays) for program in CHOOSING}
+    torchscript: Form = {program: partial(script.run, program) for program in CHOOSING}
     return {
         "float32": runners_of(folder, card, files),
         "int8 by row": rewritten("row", lambda _, proto: to_int8(proto)),
@@ -140,7 +141,7 @@ def neighbours(card: Card, exact: Form, form: Form, x: Tensor) -> float:
 def measure(card: Card, forms: Mapping[str, Form], x: Tensor, seconds: float) -> dict[str, float]:
     """Median µs of each form's step at x's batch."""
     arrays = _ready(card, forms["float32"], x)
-    return time_in_turn({name: lambda form=form: form["step"](arrays) for name, form in forms.items()}, seconds)
+    return time_in_turn({name: partial(form["step"], arrays) for name, form in forms.items()}, seconds)
 
 
 def _ready(card: Card, form: Form, x: Tensor) -> Arrays:

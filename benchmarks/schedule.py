@@ -163,7 +163,8 @@ def main() -> None:
     x = (np.random.default_rng(0).random((256, *card.x.shape)) < 0.2).astype(np.float32)
     rounds = asyncio.run(measure(make, x, args.seconds, args.rounds))
 
-    rows, medians = [], {}
+    rows: list[list[Any]] = []
+    medians = {}
     for kind, by_scheduler in rounds.items():
         median = {
             name: {figure: statistics.median(one[figure] for one in figures) for figure in figures[0]}

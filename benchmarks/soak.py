@@ -39,6 +39,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,10 @@ def _outside(what: str, value: float, least: float, most: float) -> list[str]:
     return [] if least <= value <= most else [f"{what}: the server counted {value:g}, it should be {least:g} to {most:g}"]
 
 
+def _show(done: int, of: int, leg: Leg) -> None:
+    print(f"\r{done + leg.done:9d} of {of} {dict(leg.seen)}", end="", flush=True)
+
+
 async def soak(state: State, clients: int) -> bool:
     """Runs legs until all is done, True, or until Ctrl-C."""
     kept, stop = state.kept, asyncio.Event()
@@ -176,7 +181,7 @@ async def soak(state: State, clients: int) -> bool:
         done, begun = state.total("done"), time.monotonic()
         todo = min(size, max(kept["requests"] - done, 64)), max(0, min(cycles, kept["cycles"] - state.total("cycles")))
         leg = Leg(port, *todo, clients, len(kept["legs"]), stop)
-        await leg.run(lambda leg, done=done: print(f"\r{done + leg.done:9d} of {kept['requests']} {dict(leg.seen)}", end="", flush=True))
+        await leg.run(partial(_show, done, kept["requests"]))
         await asyncio.sleep(SETTLE_S)
         after = await counted(port)
         found = leg.counts() | {"seconds": round(time.monotonic() - begun, 1), "odd": leg.odd[:5], "pid": pid}

@@ -52,7 +52,7 @@ def in_a_fresh_process(artifact: Path, threads: int, seconds: float) -> list[dic
     """Thread pools are sized once per process."""
     command = [sys.executable, __file__, "--artifact", str(artifact), "--threads", str(threads), "--seconds", str(seconds)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "ORT_DISABLE_TELEMETRY": "1"}
-    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)  # type: ignore[no-any-return]
+    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
 
 
 def measure(path: Path, threads: int, seconds: float) -> list[dict[str, Any]]:

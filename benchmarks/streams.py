@@ -26,6 +26,7 @@ import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ async def load(port: int, name: str, streams: int, seconds: float, pcm: bytes, o
     callers, tasks = [], []
     for i in range(streams):
         path = f"/v1/models/{name}/filter?encoding=pcm_s16le&sample_rate={RATE}&seed={i}"
-        _, caller = await loop.create_connection(lambda path=path, i=i: Caller(path, pcm[2 * FRAME * (i % 50) :]), "127.0.0.1", port)
+        _, caller = await loop.create_connection(partial(Caller, path, pcm[2 * FRAME * (i % 50) :]), "127.0.0.1", port)
         callers.append(caller)
         tasks.append(asyncio.create_task(caller.speak((i % 97) / 970, until)))
         await asyncio.sleep(0.005)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Crew:
         if parts < 2 or self._helpers is None:
             return call(feeds)
         ends = [rows * part // parts for part in range(parts + 1)]
-        first, *others = ({name: value[a:b] for name, value in feeds.items()} for a, b in zip(ends[:-1], ends[1:], strict=True))
+        first, *others = ({name: value[a:b] for name, value in feeds.items()} for a, b in pairwise(ends))
         helped = [self._helpers.submit(call, part) for part in others]
         try:
             mine = call(first)

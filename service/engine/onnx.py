@@ -43,8 +43,7 @@ class OnnxEngine(HostRows):
         others = reduced_programs(self)
         self._crew = Crew(threads)
         self._programs = {
-            program: _Program(artifact, program, spec, others.get(program, spec.files))
-            for program, spec in artifact.card.programs.items()
+            program: _Program(artifact, program, spec, others.get(program, spec.files)) for program, spec in artifact.card.programs.items()
         }
         self.parity = verify_parity(self, artifact)
         if others:
