@@ -56,7 +56,9 @@ RUN python3 -m pip --python /opt/venv/bin/python install --no-deps . && \
     python3 -m compileall -q -x /testing/_internal/ --invalidation-mode unchecked-hash /opt/venv/lib
 
 FROM base AS gpu
+# without a GPU: -e ELBOW_DEVICE=cpu
 ENV ELBOW_ENGINE=torchscript \
+    ELBOW_DEVICE=cuda \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=gpu-packages /opt/venv /opt/venv

@@ -34,7 +34,7 @@ $(GPU_ARTIFACTS):
 	$(PYTHON) -m training retrace checkpoints/*/1 --to $@.partial && mv $@.partial $@
 
 test-gpu: $(GPU_ARTIFACTS)  ## the tests marked gpu, with PYTHON's own torch
-	$(PYTHON) -m pytest -m gpu tests/service/engine tests/service/streams/test_device_lane.py tests/gpu
+	$(PYTHON) -m pytest -m gpu tests/service/engine tests/service/streams/test_device_lane.py tests/training/data tests/gpu
 
 bench-gpu: $(GPU_ARTIFACTS)  ## benchmarks/gpu.py and kernels.py on cuda, with PYTHON's own torch
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --device cuda --artifacts $(GPU_ARTIFACTS)

@@ -214,9 +214,7 @@ class Signer:
         if self._secret is not None:
             return {"algorithm": "hmac-sha256", "signature": hmac.new(self._secret, message, "sha256").hexdigest()}
         if self._private is not None:
-            from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-            return {"algorithm": "ed25519", "signature": Ed25519PrivateKey.from_private_bytes(self._private).sign(message).hex()}
+            return {"algorithm": "ed25519", "signature": _ed25519().Ed25519PrivateKey.from_private_bytes(self._private).sign(message).hex()}
         raise ArtifactError("signing needs a secret (HMAC) or a private key (Ed25519)")
 
     def verify(self, message: bytes, signature: Mapping[str, str]) -> None:
@@ -228,15 +226,34 @@ class Signer:
             if not hmac.compare_digest(expected.encode(), given.encode("utf-8", "replace")):
                 raise ArtifactError("the card's signature does not match the card")
         elif algorithm == "ed25519" and self._public is not None:
-            from cryptography.exceptions import InvalidSignature
-            from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
+            public = _ed25519().Ed25519PublicKey.from_public_bytes(self._public)
             try:
-                Ed25519PublicKey.from_public_bytes(self._public).verify(bytes.fromhex(given), message)
-            except (InvalidSignature, ValueError) as exc:
+                public.verify(bytes.fromhex(given), message)
+            except Exception as exc:  # InvalidSignature, whose module is an extra, or no hexadecimal digits
                 raise ArtifactError("the card's signature does not match the card") from exc
         else:
             raise ArtifactError(f"the card is signed with {algorithm!r}, for which this server has no key")
+
+
+def public_key_of(private_key: bytes) -> bytes:
+    """The Ed25519 public key, 32 bytes, to a private one of 32 bytes.
+
+    Raises:
+        ArtifactError: it has another length, or the extra `sign` is not installed.
+    """
+    try:
+        public: bytes = _ed25519().Ed25519PrivateKey.from_private_bytes(private_key).public_key().public_bytes_raw()
+    except ValueError as exc:
+        raise ArtifactError(f"an Ed25519 private key has 32 bytes, this one {len(private_key)}") from exc
+    return public
+
+
+def _ed25519() -> Any:
+    try:
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as exc:
+        raise ArtifactError("Ed25519 signatures need the extra `sign`: pip install 'elbow[sign]'") from exc
+    return ed25519
 
 
 class Artifact:
@@ -339,6 +356,19 @@ def write_card(path: Path, card: Card, signer: Signer | None = None) -> Card:
     temporary.write_bytes(raw)
     temporary.replace(path / CARD)
     return card
+
+
+def sign_artifact(path: Path, signer: Signer) -> Artifact:
+    """Writes the signature of a whole artifact beside its card, over one that may be there.
+
+    Raises:
+        ArtifactError: a file is not as the card says, or the signer has nothing to sign with.
+    """
+    artifact = Artifact.open(path)
+    partial = artifact.path / (SIGNATURE + ".partial")
+    partial.write_text(json.dumps(signer.sign(_read_card_bytes(artifact.path))))
+    partial.replace(artifact.path / SIGNATURE)
+    return artifact
 
 
 def write_reference(path: Path, programs: Mapping[str, tuple[Mapping[str, Array], Mapping[str, Array]]]) -> None:

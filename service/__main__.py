@@ -1,4 +1,4 @@
-"""elbow-serve run [--FLAG VALUE ...] | check ARTIFACT | bench ARTIFACT | key NAME."""
+"""elbow-serve run [--FLAG VALUE ...] | check ARTIFACT | bench ARTIFACT | key NAME | sign ARTIFACT …."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything can import onnxrunt
 
 import numpy as np
 
-from models.artifact import Arrays, Artifact, ArtifactError, Signer
+from models.artifact import Arrays, Artifact, ArtifactError, Signer, sign_artifact
 from service.engine.base import Engine
 from service.engine.parity import reduced_programs, verify_parity, verify_precision
 from service.settings import flag_names
+from service.signing import signer_of, signer_with
 
 BATCHES = (1, 8, 64)
 WARM_UP_CALLS = 5
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(_given(options))
         if options.command == "key":
             return key(options.name, options.quota)
+        if options.command == "sign":
+            return sign(options.artifact, options.private_key)
         return check(options.artifact) if options.command == "check" else bench(options.artifact, options.threads)
     except (ArtifactError, ValueError) as exc:  # pydantic's ValidationError is a ValueError
         print(f"elbow-serve: {exc}", file=sys.stderr)
@@ -55,8 +58,8 @@ def run(flags: Mapping[str, str] | None = None) -> int:
 
 
 def check(path: Path) -> int:
-    """Verifies hashes (and, with ELBOW_SIGNING_KEY, the signature), then every program on every engine installed: its parity, or the
-    nats that a further precision costs."""
+    """Verifies hashes (and, with ELBOW_SIGNING_KEY or ELBOW_PUBLIC_KEY, the signature), then every program on every engine installed: its
+    parity, or the nats that a further precision costs."""
     artifact = Artifact.open(path, _signer())
     card = artifact.card
     print(f"{card.name} {card.version}: {len(card.files)} files verified, {sum(file.bytes for file in card.files.values()):,} bytes")
@@ -99,6 +102,17 @@ def key(name: str, quota: str | None) -> int:
     return 0
 
 
+def sign(paths: Sequence[Path], private_key: Path | None) -> int:
+    """Signs artifacts where they lie: with ELBOW_SIGNING_KEY, or with a private key, whose public one it prints."""
+    signer, public_key = signer_with(os.environ.get("ELBOW_SIGNING_KEY") or None, private_key)
+    for path in paths:
+        card = sign_artifact(path, signer).card
+        print(f"{card.name} {card.version}: signed")
+    if public_key is not None:
+        print(f"set:  ELBOW_PUBLIC_KEY={public_key}")
+    return 0
+
+
 def _engines(artifact: Artifact, threads: int) -> list[Engine]:
     from service.app import available_engines, build_engine
 
@@ -138,8 +152,7 @@ def _seconds(engine: Engine, program: str, arrays: Arrays) -> float:
 
 
 def _signer() -> Signer | None:
-    key = os.environ.get("ELBOW_SIGNING_KEY")
-    return Signer(secret=key.encode()) if key else None
+    return signer_of(os.environ.get("ELBOW_SIGNING_KEY") or None, os.environ.get("ELBOW_PUBLIC_KEY") or None)
 
 
 def _given(options: argparse.Namespace) -> dict[str, str]:
@@ -157,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("key", help="make an API key: prints it once, and the line of its sha256 for ELBOW_KEYS_FILE")
     command.add_argument("name", help="whose key it is; `admin` for the key of the admin routes")
     command.add_argument("--quota", help="ROW_STEPS_PER_SECOND[/BURST]")
+    command = commands.add_parser("sign", help="sign artifacts, for servers that load signed ones only")
+    command.add_argument("artifact", type=Path, nargs="+", help="<repository>/<name>/<version>")
+    command.add_argument(
+        "--private-key", type=Path, help="file of 64 hexadecimal digits (Ed25519); without it ELBOW_SIGNING_KEY signs (HMAC)"
+    )
     for name, text in (("check", "verify an artifact and its parity on every engine"), ("bench", "time one step on every engine")):
         command = commands.add_parser(name, help=text)
         command.add_argument("artifact", type=Path, help="<repository>/<name>/<version>")

@@ -33,6 +33,7 @@ from service.repository import Repository, card_sha256, follow
 from service.routes import admin, filters, health, infer, models, oip, tokens
 from service.scheduler.scheduler import Scheduler
 from service.settings import Settings
+from service.signing import signer_of
 from service.streams.tokens import Tokens
 from service.telemetry import LOG, Metrics
 from service.tracing import telemetry
@@ -210,7 +211,7 @@ def _token_secret(settings: Settings) -> bytes:
 
 def _signer(settings: Settings) -> Signer | None:
     key = settings.signing_key
-    return None if key is None else Signer(secret=key.get_secret_value().encode())
+    return signer_of(None if key is None else key.get_secret_value(), settings.public_key)
 
 
 async def _nobody_is_listening(request: Request, error: Exception) -> Response:

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "stream":
         return int(options.action(options))
     try:
-        rows, names = read_rows(options.source, options.url, options.model, options.resize)
+        rows, names = read_rows(options.source, options.url, options.model, options.resize, options.api_key)
         asyncio.run(encode_all(rows, names, options))
     except (BulkError, ElbowHTTPError, httpx.TransportError, OSError) as exc:
         print(f"elbow: {exc}", file=sys.stderr)
@@ -49,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_rows(source: Path, url: str, model: str, resize: bool) -> tuple[NDArray[Any], list[str]]:
+def read_rows(source: Path, url: str, model: str, resize: bool, api_key: str | None = None) -> tuple[NDArray[Any], list[str]]:
     """(N, *X) rows and, for a folder of images, their file names. Integers 0 … 255 become 0 … 1.
 
     Raises:
         BulkError: no such file, no image in the folder, or an image of another size than the model's.
     """
     if source.is_dir():
-        with ElbowClient(url, model=model) as client:
+        with ElbowClient(url, model=model, api_key=api_key) as client:
             height, width = image_size(client.card()["x"]["shape"])
         files = sorted(file for file in source.rglob("*") if file.suffix.lower() in IMAGES)
         if not files:
@@ -91,7 +91,7 @@ async def encode_all(rows: NDArray[Any], names: list[str], options: argparse.Nam
     starts = [start for start in range(0, len(rows), options.batch) if not (parts / f"{start}.npz").exists()]
     turn = asyncio.Semaphore(options.concurrency)
     done = len(rows) - sum(len(rows[start : start + options.batch]) for start in starts)
-    async with AsyncElbowClient(options.url, model=options.model, retries=options.retries) as client:
+    async with AsyncElbowClient(options.url, model=options.model, retries=options.retries, api_key=options.api_key) as client:
         with tqdm(total=len(rows), initial=done, unit="row", disable=None) as bar:
 
             async def encode(start: int) -> None:
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("source", type=Path, help=".npy file (rows first) or folder of images")
     encode.add_argument("--out", type=Path, required=True, help=".npz to write")
     encode.add_argument("--model", required=True)
-    encode.add_argument("--url", default="http://127.0.0.1:8000")
+    stream_cli.add_server(encode)
     encode.add_argument("--steps", type=int, help="refinement steps; default: the trained number")
     encode.add_argument("--deadline-ms", type=float, help="time limit of each request")
     encode.add_argument("--tolerance", type=float, help="stop a row that gains less than this many nats over 4 steps")

@@ -172,11 +172,12 @@ class Call(Generic[T]):
 
 
 class _Base:
-    """What both clients know: where the server is, which model is meant, how often to try again."""
+    """What both clients know: where the server is, who calls, which model is meant, how often to try again."""
 
-    def __init__(self, url: str, model: str | None, version: str | None, retries: int, **options: Any):
+    def __init__(self, url: str, model: str | None, version: str | None, retries: int, api_key: str | None, **options: Any):
         self.model, self.version, self.retries = model, version, retries
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        headers |= options.pop("headers", {})
         self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": 60.0} | options
 
     def path(self, call: str, model: str | None) -> str:
@@ -322,6 +323,8 @@ def _async(build: Callable[Concatenate[_Base, P], Call[T]]) -> Callable[Concaten
 class ElbowClient(_Base):
     """Synchronous client; a context manager. Replies of 429 and 503 are tried again `retries` times, as the server asks.
 
+    `api_key` is sent as a bearer token; `options` are httpx.Client's.
+
     Raises (every call): ElbowHTTPError with the server's problem document; httpx.TransportError if it cannot be reached.
     """
 
@@ -332,9 +335,10 @@ class ElbowClient(_Base):
         model: str | None = None,
         version: str | None = None,
         retries: int = 3,
+        api_key: str | None = None,
         **options: Any,
     ):
-        super().__init__(url, model, version, retries, **options)
+        super().__init__(url, model, version, retries, api_key, **options)
         self._http = httpx.Client(**self._options)
 
     models, card, curve = _sync(models), _sync(card), _sync(curve)
@@ -382,9 +386,10 @@ class AsyncElbowClient(_Base):
         model: str | None = None,
         version: str | None = None,
         retries: int = 3,
+        api_key: str | None = None,
         **options: Any,
     ):
-        super().__init__(url, model, version, retries, **options)
+        super().__init__(url, model, version, retries, api_key, **options)
         self._http = httpx.AsyncClient(**self._options)
 
     models, card, curve = _async(models), _async(card), _async(curve)

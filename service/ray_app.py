@@ -32,7 +32,9 @@ class Options(BaseModel):
 
     replicas: int = Field(default=2, ge=1, description="processes, each with all models loaded and a scheduler of its own")
     cpus: float = Field(default=1.0, gt=0, description="cores per replica; also its compute threads unless ELBOW_THREADS is set")
-    gpus: float = Field(default=0.0, ge=0, description="GPUs per replica, or a part of one")
+    gpus: float = Field(
+        default=0.0, ge=0, description="GPUs per replica, or a part of one; a replica with any serves on it unless ELBOW_DEVICE is set"
+    )
     ongoing: int = Field(default=1024, ge=1, description="requests and streams that Ray hands to one replica at a time")
 
 
@@ -59,7 +61,8 @@ def build(options: Options) -> Any:
     if not settings.closed_form and not settings.repository.is_dir():
         raise ValueError(f"ELBOW_REPOSITORY: {settings.repository} is no folder; every node needs it at the same path")
     threads = settings.threads or max(1, int(options.cpus))
-    settings = settings.model_copy(update={"repository": settings.repository.absolute(), "threads": threads})
+    device = "cuda" if options.gpus > 0 and "device" not in settings.model_fields_set else settings.device
+    settings = settings.model_copy(update={"repository": settings.repository.absolute(), "threads": threads, "device": device})
     deployment = serve.deployment(
         name="elbow",
         num_replicas=options.replicas,

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "ELBOW_"
-FOREIGN = frozenset({"ELBOW_DATA"})  # read by training, harmless here
+FOREIGN = frozenset({"ELBOW_DATA", "ELBOW_API_KEY"})  # read by training, and by the client: harmless here
 
 
 class Settings(BaseSettings):
@@ -33,6 +33,11 @@ class Settings(BaseSettings):
     device_memory_mb: int = Field(default=0, ge=0, description="what all models together may use of the GPU; 0: 90 % of what is free")
     threads: int = Field(default=0, ge=0, le=1024, description="compute threads of the engine; 0: all cores but one, at least one")
     signing_key: SecretStr | None = Field(default=None, description="if set, only artifacts signed with it (HMAC-SHA256) are loaded")
+    public_key: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-fA-F]{64}$",
+        description="if set, only artifacts signed with its private key (Ed25519) are loaded; needs the extra `sign`",
+    )
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024, description="largest request body")
     max_rows: int = Field(default=10_000, ge=1, description="most rows in one request")
     max_samples: int = Field(default=256, ge=1, description="most measuring or drawn samples per row")
@@ -77,6 +82,13 @@ class Settings(BaseSettings):
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             raise ValueError("tls_cert_file, tls_key_file: give both, or neither")
         return self
+
+    @field_validator("public_key")
+    @classmethod
+    def _one_signature(cls, public_key: str | None, others: ValidationInfo) -> str | None:
+        if public_key is not None and others.data.get("signing_key") is not None:
+            raise ValueError("artifacts carry one signature: set this or ELBOW_SIGNING_KEY")
+        return public_key
 
     @property
     def allowed_origins(self) -> list[str]:

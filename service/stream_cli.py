@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import orjson
 from service.stream_client import FilterStream, StreamError
 
 BAR = 40
+KEY_VARIABLE = "ELBOW_API_KEY"
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     stream = commands.add_parser("stream", help="stream a sound file through a filter and print what it says of each frame")
     stream.add_argument("file", type=Path, help="WAV; FLAC and others if soundfile is installed")
     stream.add_argument("--model", default="speech-filter")
-    stream.add_argument("--url", default="http://127.0.0.1:8000")
+    add_server(stream)
     stream.add_argument("--steps", type=int, help="refinement steps per frame; default: the trained number")
     stream.add_argument("--seed", type=int, default=0)
     stream.add_argument("--elastic", action="store_true", help="accept fewer steps when the stream lags")
@@ -26,6 +28,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     stream.add_argument("--return", dest="returns", default="", help="more of each frame, with --json: posterior,kl,reconstruction,…")
     stream.add_argument("--json", action="store_true", help="print each result as a line of JSON")
     stream.set_defaults(action=run)
+
+
+def add_server(command: argparse.ArgumentParser) -> None:
+    """Where the server is, and who calls."""
+    command.add_argument("--url", default="http://127.0.0.1:8000")
+    command.add_argument(
+        "--api-key", default=os.environ.get(KEY_VARIABLE), help=f"default: the variable {KEY_VARIABLE}, which `ps` does not show"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,6 +60,7 @@ async def _print_frames(options: argparse.Namespace) -> None:
         elastic=options.elastic or None,
         returns=[part for part in options.returns.split(",") if part],
         realtime=options.realtime,
+        api_key=options.api_key,
     )
     async for frame in stream:
         if options.json:

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from models.artifact import SIGNATURE
 from service import __main__ as cli
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "mnist-iterative" / "1"
@@ -57,6 +58,52 @@ def test_check_refuses_an_unsigned_artifact_where_a_key_is_set(artifact, capsys,
     monkeypatch.setenv("ELBOW_SIGNING_KEY", "secret")
     assert cli.main(["check", str(artifact)]) == 1
     assert "signed artifacts only" in capsys.readouterr().err
+
+
+def test_an_artifact_signed_with_the_shared_secret_is_one_that_the_server_takes(artifact, tmp_path, capsys, monkeypatch):
+    assert cli.main(["sign", str(artifact)]) == 1
+    assert "set ELBOW_SIGNING_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("ELBOW_SIGNING_KEY", "secret")
+    assert cli.main(["sign", str(artifact)]) == 0
+    assert cli.main(["check", str(artifact)]) == 0
+    monkeypatch.setenv("ELBOW_SIGNING_KEY", "another")
+    assert cli.main(["check", str(artifact)]) == 1
+    assert "signature does not match" in capsys.readouterr().err
+
+
+def test_one_signed_with_a_private_key_is_checked_with_the_public_key_that_signing_prints(artifact, tmp_path, capsys, monkeypatch):
+    key = tmp_path / "key"
+    key.write_text("17" * 32 + "\n")
+    assert cli.main(["sign", str(artifact), "--private-key", str(key)]) == 0
+    public = capsys.readouterr().out.splitlines()[-1].removeprefix("set:  ELBOW_PUBLIC_KEY=")
+    monkeypatch.setenv("ELBOW_PUBLIC_KEY", public)
+    assert cli.main(["check", str(artifact)]) == 0
+    monkeypatch.setenv("ELBOW_PUBLIC_KEY", "17" * 32)
+    assert cli.main(["check", str(artifact)]) == 1
+    assert "signature does not match" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "no digits", "17" * 31])
+def test_a_file_that_holds_no_private_key_signs_nothing(artifact, tmp_path, capsys, content):
+    key = tmp_path / "key"
+    if content is not None:
+        key.write_text(content)
+    assert cli.main(["sign", str(artifact), "--private-key", str(key)]) == 1
+    assert "private key" in capsys.readouterr().err
+    assert not (artifact / SIGNATURE).exists()
+
+
+def test_what_is_not_whole_is_not_signed(artifact, tmp_path, capsys, monkeypatch):
+    (artifact / "weights.safetensors").write_bytes(b"cut")
+    monkeypatch.setenv("ELBOW_SIGNING_KEY", "secret")
+    assert cli.main(["sign", str(artifact)]) == 1
+    assert "truncated or altered" in capsys.readouterr().err
+
+
+def test_a_server_is_told_one_of_the_two_keys(capsys, monkeypatch):
+    monkeypatch.setenv("ELBOW_SIGNING_KEY", "secret")
+    assert cli.main(["run", "--public-key", "17" * 32]) == 1
+    assert "artifacts carry one signature" in capsys.readouterr().err
 
 
 def test_bench_prints_microseconds_by_engine_and_batch(artifact, capsys, monkeypatch):

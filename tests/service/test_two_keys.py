@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Origin, Subprotocol
 
+from service import bulk
 from service.browser_tokens import BrowserTokens
+from service.client import ElbowClient, ElbowHTTPError
 from service.keys import digest_of
+from service.stream_cli import KEY_VARIABLE
 from tests.service.streams.conftest import ServerProcess, free_port
 from tests.service.streams.test_server import CLOSE, of, rest_of, results
 
@@ -162,6 +166,33 @@ def test_one_sequence_id_under_two_keys_is_two_sequences(server: ServerProcess) 
     for name, replies in (("alice", alices), ("bob", bobs)):
         assert [reply["parameters"]["frame"] for reply in replies] == list(range(1, len(replies) + 1))
         assert [elbo(reply) for reply in replies] == pytest.approx(expected[name][: len(replies)], abs=1e-4)
+
+
+def test_the_clients_send_the_key_they_are_given(server: ServerProcess) -> None:
+    with ElbowClient(server.url, api_key="alices-key") as client:
+        assert client.models()
+    with ElbowClient(server.url, api_key="nobodys-key", retries=0) as client, pytest.raises(ElbowHTTPError, match="401"):
+        client.models()
+
+
+def test_both_commands_take_the_key_from_the_environment(
+    server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "rows.npy", np.zeros((3, 8), np.float32))
+    encode = ["encode", str(tmp_path / "rows.npy"), "--out", str(tmp_path / "out.npz"), "--model", "closed-form", "--url", server.url]
+    with wave.open(str(tmp_path / "some.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(1600))
+    stream = ["stream", str(tmp_path / "some.wav"), "--url", server.url, "--model", "jsb-filter"]
+
+    assert bulk.main(encode) == 1
+    assert "an API key is needed" in capsys.readouterr().err
+    assert bulk.main(stream) == 1
+    assert "an API key is needed" in capsys.readouterr().err
+    monkeypatch.setenv(KEY_VARIABLE, "bobs-key")
+    assert bulk.main(encode) == 0
+    assert bulk.main(stream) == 1
+    assert "API key" not in capsys.readouterr().err  # the filter of chords takes no sound, and says so
 
 
 def test_events_are_those_of_ones_own_rows(server: ServerProcess) -> None:
