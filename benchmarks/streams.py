@@ -2,7 +2,7 @@
 
     python benchmarks/streams.py [--artifact REPOSITORY/NAME/VERSION] [--limit-ms 100] [--seconds 10]
 
-The package must be installed with its `train` extra. Without --artifact the run `speech-large` (2.4 M weights, VRNN with one
+The package must be installed with its `train` extra. Without --artifact the run `speech-large` (2.0 M weights, VRNN with one
 refinement per frame) is trained for --train seconds on speech16k, exported by the project's own commands and kept under runs/streams.
 
 1. A server process (`elbow-serve run`, its defaults) and a load generator, one asyncio process, share the machine. Every

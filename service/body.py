@@ -89,6 +89,8 @@ def describe(value: object) -> str:
             return "a list"
         case dict():
             return "an object"
+        case int() if abs(value) >= 2**63:  # JSON has them, orjson writes them no more
+            return f"{value:.6g}"
         case _:
             return orjson.dumps(value).decode()
 

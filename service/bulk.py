@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_rows(source: Path, url: str, model: str, resize: bool, api_key: str | None = None) -> tuple[NDArray[Any], list[str]]:
-    """(N, *X) rows and, for a folder of images, their file names. Integers 0 … 255 become 0 … 1.
+    """(N, *X) rows and, for a folder of images, their file names. Bytes up to 255 become 0 … 1; bytes that are 0 and 1 are so already.
 
     Raises:
         BulkError: no such file, no image in the folder, or an image of another size than the model's.
@@ -69,7 +69,8 @@ def read_rows(source: Path, url: str, model: str, resize: bool, api_key: str | N
         raise BulkError(f"{source}: not a readable .npy file: {exc}") from exc
     if array.ndim < 2 or not len(array):
         raise BulkError(f"{source}: has shape {array.shape}; the first axis must be the row, with at least one")
-    return (array / np.float32(255) if array.dtype == np.uint8 else array).astype(np.float32), []
+    grey = array.dtype == np.uint8 and array.size > 0 and array.max() > 1
+    return (array / np.float32(255) if grey else array).astype(np.float32), []
 
 
 def image_size(shape: Sequence[int]) -> tuple[int, int]:

@@ -287,6 +287,8 @@ class Repository:
         name, _, version = key.partition("/")
         self._leaving.pop(key, None)
         self._publish(name, {each: model for each, model in self._models.get(name, {}).items() if each != version})
+        if name in self._newest:  # who becomes the default again, as when its successor is rolled back, no longer leaves
+            self._leaving.pop(self._newest[name].key, None)
         self._closing[key] = self._clock() + self._grace_s
         LOG.info("model unloaded", extra={"model": name, "version": version})
         self._count("unloaded")

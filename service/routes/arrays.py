@@ -30,6 +30,7 @@ async def array_call(endpoint: Endpoint, request: Request) -> Response:
     server = server_of(request)
     arrival = server.clock()
     model = static_model_of(request, endpoint.name)
+    server.scheduler.check_door(model.key)
     media, wanted, limit = _media(request), wanted_media(request.headers.get("accept", "")), server.limits.max_body_bytes
     has_rows = media in (RAW, NPY)
     encoding = IDENTITY
@@ -61,7 +62,9 @@ async def array_call(endpoint: Endpoint, request: Request) -> Response:
         return await endpoint.answer(request, server, model, body, job)
     result = await submit(request, server, model, job)
     numbers = job.rows * model.card.x.size
-    return await in_worker_if_large(4 * numbers, lambda: array_response(wanted, columns, model, result))
+    response = await in_worker_if_large(4 * numbers, lambda: array_response(wanted, columns, model, result))
+    server.scheduler.replied(job, result)
+    return response
 
 
 def _media(request: Request) -> str:

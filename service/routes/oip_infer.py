@@ -41,6 +41,7 @@ Outputs = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 async def infer(request: Request, model: ServedModel) -> Response:
     server = server_of(request)
     arrival = server.clock()
+    server.scheduler.check_door(model.key)
     with server.statistics.measured(model.key) as measured:
         with server.statistics.timed(measured, "compute_input"):
             received = await receive(request, server.limits.max_body_bytes)
@@ -81,7 +82,9 @@ async def _static(
         parameters["seed"] = body.seed
     parameters |= {name: round(getattr(timing, name), 4) for name in ("queue_ms", "compute_ms", "predicted_ms", "batch_rows")}
     with server.statistics.timed(measured, "compute_output"):
-        return _shaped(columns, asked, model, result), parameters
+        outputs = _shaped(columns, asked, model, result)
+    server.scheduler.replied(job, result)
+    return outputs, parameters
 
 
 async def _filter(request: Request, server: Server, model: ServedModel, asked: Asked, received: Received, measured: Measured) -> Outputs:

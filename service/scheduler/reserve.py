@@ -2,8 +2,8 @@
 
 Two numbers, in seconds. `typical` is what a reply usually takes from the scheduler's answer to the bytes that leave; the door
 asks it, so that a deadline is refused only if it usually cannot be met. `tail` comes on top where steps are given out: it grows
-with every deadline that was missed and shrinks a little with every one that was met, and so settles where about one in two
-hundred is missed, whatever makes this machine late (the other thread holding the interpreter, a neighbour on the core).
+with every deadline that was missed and shrinks a little with every one that was met, and so settles where about one in
+250 is missed, whatever makes this machine late (the other thread holding the interpreter, a neighbour on the core).
 """
 
 from __future__ import annotations

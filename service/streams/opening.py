@@ -44,6 +44,10 @@ class Opened:
     snapshot: Snapshot | None
 
 
+MOST_DIGITS = 20
+"""Of a number in the query: as many as 2**64 - 1 has."""
+
+
 def from_query(query: Mapping[str, str]) -> dict[str, Any]:
     """Query parameters as the JSON they stand for: numbers and booleans as such, `return` as a list.
 
@@ -53,8 +57,8 @@ def from_query(query: Mapping[str, str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for name, text in query.items():
         if name in ("sample_rate", "steps", "seed", "token_every"):
-            if not text.isdecimal():
-                raise InvalidInput.at(name, f'must be a whole number of at least 0, not "{text[:40]}"')
+            if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
+                raise InvalidInput.at(name, f'must be a whole number of at least 0 and at most {MOST_DIGITS} digits, not "{text[:40]}"')
             given[name] = int(text)
         elif name == "elastic" and text in ("true", "false"):
             given[name] = text == "true"

@@ -136,6 +136,13 @@ def test_a_pickle_is_never_loaded(answers, tmp_path, capsys):
     assert "not a readable .npy file" in capsys.readouterr().err
 
 
+def test_bytes_that_are_0_and_1_stay_so(answers, tmp_path):
+    np.save(tmp_path / "rows.npy", np.ones((1, 784), np.uint8))
+    run(tmp_path / "rows.npy", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as encoded:
+        assert encoded["mu"].tolist() == [[1.0]]
+
+
 def test_bytes_from_0_to_255_become_grey_values_from_0_to_1(answers, tmp_path):
     np.save(tmp_path / "rows.npy", np.full((1, 784), 255, np.uint8))
     run(tmp_path / "rows.npy", tmp_path / "out.npz")

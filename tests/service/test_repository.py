@@ -18,6 +18,9 @@ class Registered(dict):
     def add_model(self, key, engine):
         self[key] = engine
 
+    def remove_model(self, key):
+        del self[key]
+
 
 class FakeEngine:
     name, precision = "fake", "float32"
@@ -52,6 +55,23 @@ def test_the_newest_version_is_the_default_and_ten_is_newer_than_two(tmp_path, w
     assert repository.get("digits", "2").version == "2"
     assert repository.versions("digits") == ["1", "2", "10"]
     assert registered.keys() == {"digits/1", "digits/2", "digits/10"}
+
+
+def test_a_version_that_is_the_default_again_stays(tmp_path, write, registered):
+    now = [0.0]
+    write("digits", "1")
+    repository = Repository(registered, FakeEngine, keep_s=60.0, clock=lambda: now[0])
+    repository.load_all(tmp_path)
+    write("digits", "2")
+    repository.refresh()
+    assert repository.get("digits").version == "2"
+
+    repository.unload("digits", "2")  # rolled back
+    now[0] = 61.0
+    repository.tend()
+
+    assert repository.get("digits").version == "1"
+    assert repository.versions("digits") == ["1"]
 
 
 def spoil_weights(folder):
