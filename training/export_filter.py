@@ -91,12 +91,12 @@ def _describe_x(model: FilterModel, sequences: Sequences, likelihood: str) -> XS
 
 def _traces(model: FilterModel, part: Ragged, steps: tuple[int, ...], samples: int, frames: int) -> list[Tensor]:
     """The ELBO of every frame when each frame gets k steps, for each k: (F,) float64 each."""
-    pieces = [part[i][:PIECE] for i in range(len(part))]
-    kept, total = 0, 0
-    while kept < len(pieces) and total < frames:
-        total += len(pieces[kept])
-        kept += 1
-    sequences = ResidentSequences.of(Ragged.of(pieces[:kept]))
+    pieces, left = [], frames
+    for i in range(len(part)):
+        if left > 0:
+            pieces.append(part[i][: min(PIECE, left)])
+            left -= len(pieces[-1])
+    sequences = ResidentSequences.of(Ragged.of(pieces))
     (latent,) = model.generative.latent_sizes
     values = []
     for count in steps:
