@@ -14,7 +14,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.deps import Server, caller_of
-from service.errors import ElbowError, problem
+from service.errors import STATUS, ElbowError, problem
 from service.jobs import with_events, work_of
 from service.keys import Caller
 from service.replies import dump
@@ -116,6 +116,7 @@ async def events(request: Request, server: Server, model: ServedModel, job: Job,
                 event = await told.get()
             yield _frame("done", show.result(await running))
         except ElbowError as exc:  # the status line is long gone: the error travels as an event
+            server.metrics.refused(exc.code, request.scope["call"], ended=STATUS[type(exc)])
             yield _frame("error", problem(exc, instance=request.url.path, request_id=request.scope["request_id"]))
 
     return EventReply(frames(), running)

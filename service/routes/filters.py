@@ -58,13 +58,13 @@ def _reply(server: Server, model: ServedModel, portion: Portion, frames: Frames,
 
 async def filter_stream(socket: WebSocket) -> None:
     """The WebSocket: refused with a problem document before it is accepted, with an `error` message after."""
-    server: Server = socket.app.state.server
+    server = server_of(socket)
     try:
-        model = server.repository.get(socket.path_params["model"], socket.path_params.get("version"))
+        model = model_of(socket, "stream")
         lane = server.scheduler.stream_lane(model.key)
     except ElbowError as error:
-        server.metrics.refusals.labels(error.code).inc()
-        await socket.send_denial_response(error_response(error, socket.url.path, str(socket.scope.get("request_id", ""))))
+        server.metrics.refused(error.code, socket.scope["call"])
+        await socket.send_denial_response(error_response(error, socket.url.path, socket.scope["request_id"]))
         return
     await socket.accept()
     connection = Connection(socket, server, model, lane, key_id_of(socket))
