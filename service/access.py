@@ -52,7 +52,7 @@ class AccessMiddleware:
             if caller.quota is not None and (kind == "websocket" or scope["method"] == "POST"):
                 caller.quota.check()
         except ElbowError as error:
-            server.metrics.refusals.labels(error.code).inc()
+            server.metrics.refused(error.code, scope["call"])
             await _refuse(error, scope, receive, send)
             return
         scope["caller"] = caller

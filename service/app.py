@@ -114,7 +114,7 @@ def assemble(metrics: Metrics, lifespan: Any, *, body_s: float = 10.0, origins: 
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, ElbowError)
-        metrics.refusals.labels(error.code).inc()
+        metrics.refused(error.code, request.scope["call"])
         return await handle_elbow_error(request, error)
 
     app.state.metrics = metrics

@@ -162,7 +162,7 @@ def guarded(patience: Patience, metrics: Metrics) -> type[HttpToolsProtocol]:
             """Answers what is no request yet: nothing of it reaches the application."""
             if self.transport.is_closing():
                 return
-            metrics.refusals.labels(error.code).inc()
+            metrics.refused(error.code, None)
             self._head_open = False
             response = error_response(error, "", "")
             headers = {name.lower(): value for name, value in response.headers.items()} | {"connection": "close"}

@@ -148,8 +148,8 @@ class Server:
         await asyncio.shield(self._stopping)
 
 
-def server_of(request: Request) -> Server:
-    server: Server = request.app.state.server
+def server_of(connection: HTTPConnection) -> Server:
+    server: Server = connection.app.state.server
     return server
 
 
@@ -182,14 +182,14 @@ def static_model_of(request: Request, endpoint: str) -> ServedModel:
     return model
 
 
-def model_of(request: Request, endpoint: str) -> ServedModel:
-    """The model and version the path names; from here on the request is counted under them.
+def model_of(connection: HTTPConnection, endpoint: str) -> ServedModel:
+    """The model and version the path names; from here on the request (or WebSocket) is counted under them.
 
     Raises:
         UnknownModel: there is no such model or version.
     """
-    call: Call = request.scope["call"]
+    call: Call = connection.scope["call"]
     call.endpoint = endpoint
-    model = server_of(request).repository.get(request.path_params["model"], request.path_params.get("version"))
+    model = server_of(connection).repository.get(connection.path_params["model"], connection.path_params.get("version"))
     call.model, call.version = model.name, model.version
     return model

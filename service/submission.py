@@ -1,25 +1,33 @@
-"""Hands a job to the scheduler on behalf of a client who may leave: then the job is cancelled and its rows are freed."""
+"""Hands work to the scheduler on behalf of a client who may leave: then it is cancelled, and its rows or slot are free at the next tick."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Receive
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from service.deps import Server, caller_of
-from service.errors import ElbowError, problem
+from service.errors import STATUS, ElbowError, problem
 from service.jobs import with_events, work_of
 from service.keys import Caller
 from service.replies import dump
 from service.repository import ServedModel
 from service.scheduler.job import Job, JobResult, StepEvent
+from service.streams.lane import StreamLane
+from service.streams.opening import spec_of
+from service.streams.stateless import Frames, settle
+from service.streams.stream import Portion, Stream
 from service.telemetry import Metrics
+
+T = TypeVar("T")
+EVENT_STREAM = "text/event-stream"
 
 DRIFT_ROWS = 4
 """Rows of one request whose ELBO is placed among the card's quantiles: enough to see a drift, and nothing at 10,000 rows."""
@@ -32,19 +40,28 @@ async def submit(request: Request, server: Server, model: ServedModel, job: Job)
         ClientDisconnect: the client left; the job was cancelled.
         ElbowError: as the scheduler says.
     """
-    waiting = asyncio.current_task()
-    assert waiting is not None
-    watcher = asyncio.create_task(_cancel_when_gone(request.receive, waiting))
+    return await _unless_gone(request, _run(server, model, job, caller_of(request)))
+
+
+async def filter_alone(request: Request, server: Server, lane: StreamLane, frames: Frames) -> Portion:
+    """The frames of one request, filtered from the state they brought, on a stream that lasts as long as the request.
+
+    Raises:
+        ClientDisconnect: the client left; frames not yet filtered were dropped.
+        ElbowError: as the lane says.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Portion] = loop.create_future()
+    stream = Stream(spec_of(frames.settings, 0.0, frames.snapshot), settle(done), loop)
+    lane.open(stream)
     try:
-        result = await _run(server, model, job, caller_of(request))
-    except asyncio.CancelledError:
-        if not watcher.done():
-            raise
-        waiting.uncancel()
-        raise ClientDisconnect from None
+        lane.feed(Portion(stream, frames.x, frames.mask, server.clock(), wants_state=True))
+        portion = await _unless_gone(request, done)
     finally:
-        watcher.cancel()
-    return result
+        lane.close(stream)
+    if portion.error is not None:
+        raise portion.error
+    return portion
 
 
 @dataclass(frozen=True)
@@ -55,10 +72,28 @@ class Show:
     result: Callable[[JobResult], dict[str, Any]]
 
 
-async def events(request: Request, server: Server, model: ServedModel, job: Job, *, show: Show) -> AsyncIterator[bytes]:
+class EventReply(StreamingResponse):
+    """Events as they come. However the reply ends, and be it before its first event was sent, the job ends with it."""
+
+    def __init__(self, frames: AsyncIterator[bytes], running: asyncio.Task[JobResult]):
+        super().__init__(frames, media_type=EVENT_STREAM, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._running.cancel()
+
+
+async def events(request: Request, server: Server, model: ServedModel, job: Job, *, show: Show) -> EventReply:
     """Server-sent events of a job: `step` for every row-step, then `done` with the reply, or `error` with a problem document.
 
     Returns once the first event is there, so that a refusal at the door is an ordinary error reply.
+
+    Raises:
+        ClientDisconnect: the client left before; the job was cancelled.
+        ElbowError: as the scheduler says.
     """
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[StepEvent | None] = asyncio.Queue()
@@ -66,8 +101,8 @@ async def events(request: Request, server: Server, model: ServedModel, job: Job,
     running = asyncio.create_task(_run(server, model, job, caller_of(request)))
     running.add_done_callback(lambda _: told.put_nowait(None))
     try:
-        first = await told.get()
-    except asyncio.CancelledError:
+        first = await _unless_gone(request, told.get())
+    except BaseException:
         running.cancel()
         raise
     if first is None:
@@ -81,11 +116,10 @@ async def events(request: Request, server: Server, model: ServedModel, job: Job,
                 event = await told.get()
             yield _frame("done", show.result(await running))
         except ElbowError as exc:  # the status line is long gone: the error travels as an event
+            server.metrics.refused(exc.code, request.scope["call"], ended=STATUS[type(exc)])
             yield _frame("error", problem(exc, instance=request.url.path, request_id=request.scope["request_id"]))
-        finally:
-            running.cancel()
 
-    return frames()
+    return EventReply(frames(), running)
 
 
 async def _run(server: Server, model: ServedModel, job: Job, caller: Caller) -> JobResult:
@@ -110,6 +144,26 @@ def _from_engine_thread(loop: asyncio.AbstractEventLoop, told: asyncio.Queue[Ste
 
 def _frame(event: str, data: dict[str, Any]) -> bytes:
     return b"event: " + event.encode() + b"\ndata: " + dump(data) + b"\n\n"
+
+
+async def _unless_gone(request: Request, answer: Awaitable[T]) -> T:
+    """`answer`, for as long as there is somebody to give it to: else it is cancelled. The request's body has been read.
+
+    Raises:
+        ClientDisconnect: the client left.
+    """
+    waiting = asyncio.current_task()
+    assert waiting is not None
+    watcher = asyncio.create_task(_cancel_when_gone(request.receive, waiting))
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        if not watcher.done():
+            raise
+        waiting.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        watcher.cancel()
 
 
 async def _cancel_when_gone(receive: Receive, waiting: asyncio.Task[Any]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -19,6 +20,10 @@ from prometheus_client.registry import Collector
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 LOG = logging.getLogger("elbow")
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the request or WebSocket in whose context the code runs; what is handed to an engine thread carries it along as a value."""
+MOST_NAMED = 8
+"""Request ids in one log line: enough to find the others, and short also where a batch had hundreds."""
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _STEP_SECONDS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -51,6 +56,11 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # it logs every WebSocket with its query, in which a state token may stand
     logging.getLogger("uvicorn.error").addFilter(lambda record: "WebSocket" not in record.getMessage())
+
+
+def named(request_ids: Iterable[str]) -> list[str]:
+    """The first few, each once, without those that have none (jobs of tools and tests)."""
+    return [one for one in dict.fromkeys(request_ids) if one][:MOST_NAMED]
 
 
 MOST_PENDING = 4096
@@ -138,12 +148,15 @@ class Call:
     """What is known of the request in hand; routes fill it in, the middleware reports it.
 
     `model` and `version` stay empty until they are known to exist, so that no client can invent label values.
+    `problem`: code of the problem it met. `ended`: status of the problem that ended a stream (WebSocket or events) whose head had gone.
     """
 
     request_id: str
     endpoint: str = "other"
     model: str = ""
     version: str = ""
+    problem: str = ""
+    ended: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +234,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         call, model = ("endpoint", "model", "version"), ("model", "version")
-        self.requests = Counter("elbow_requests_total", "Requests answered.", (*call, "code"), registry=self.registry)
+        self.requests = Counter("elbow_requests_total", "Requests answered, and WebSockets ended.", (*call, "code"), registry=self.registry)
         self.request_duration = Histogram(
             "elbow_request_duration_seconds", "From request head to last byte of the reply.", call, buckets=_SECONDS, registry=self.registry
         )
@@ -317,6 +330,16 @@ class Metrics:
         if found is None:
             found = self._key_work[name] = self.key_work.labels(name)
         return found
+
+    def refused(self, code: str, call: Call | None, *, ended: int = 0) -> None:
+        """A request met the problem `code`; None where there is no request yet. `ended`: as in Call."""
+        self.refusals.labels(code).inc()
+        if call is not None:
+            call.problem, call.ended = code, ended
+
+    def closed(self, call: Call, status: int) -> None:
+        """One WebSocket ended. It lasts as long as its client likes: that is no duration of ours."""
+        self.requests.labels(call.endpoint, call.model, call.version, str(status)).inc()
 
     def answered(self, call: Call, status: int, seconds: float) -> None:
         """One request left, with this status."""

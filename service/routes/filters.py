@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from starlette.requests import Request
@@ -17,9 +16,9 @@ from service.errors import ElbowError, error_response
 from service.repository import ServedModel
 from service.schemas import FilterBody, read_body_fields
 from service.streams.connection import Connection
-from service.streams.opening import spec_of
-from service.streams.stateless import FRESH, Frames, read_frames, settle, snapshot_after
-from service.streams.stream import Portion, Stream
+from service.streams.stateless import FRESH, Frames, read_frames, snapshot_after
+from service.streams.stream import Portion
+from service.submission import filter_alone
 
 
 async def filter_frames(request: Request) -> Response:
@@ -38,22 +37,11 @@ async def filter_frames(request: Request) -> Response:
 
     model, frames = await in_worker_if_large(len(raw), prepare)
     server.charge(caller_of(request), len(frames.x) * (1 + frames.settings["steps"]))
-    lane = server.scheduler.stream_lane(model.key)
-    done: asyncio.Future[Portion] = asyncio.get_running_loop().create_future()
-    stream = Stream(spec_of(frames.settings, 0.0, frames.snapshot), settle(done), asyncio.get_running_loop())
-    lane.open(stream)
-    try:
-        fed = server.clock()
-        lane.feed(Portion(stream, frames.x, frames.mask, fed, wants_state=True))
-        portion = await done
-    finally:
-        lane.close(stream)
-    if portion.error is not None:
-        raise portion.error
-    return replies.json_response(_reply(server, model, portion, frames, key_id, (began, fed)))
+    portion = await filter_alone(request, server, server.scheduler.stream_lane(model.key), frames)
+    return replies.json_response(_reply(server, model, portion, frames, key_id, began))
 
 
-def _reply(server: Server, model: ServedModel, portion: Portion, frames: Frames, key_id: str, times: tuple[float, float]) -> dict[str, Any]:
+def _reply(server: Server, model: ServedModel, portion: Portion, frames: Frames, key_id: str, began: float) -> dict[str, Any]:
     after = snapshot_after(portion, frames.settings, frames.snapshot.summary if frames.snapshot else FRESH)
     now = server.clock()
     return {
@@ -64,19 +52,19 @@ def _reply(server: Server, model: ServedModel, portion: Portion, frames: Frames,
         "results": server.shaper(model).results(portion, portion.stream.spec),
         "frame": after.frame,
         "state": server.tokens.issue(after, model.sha256, key_id),
-        "timing": {"filter_ms": 1e3 * (now - times[1]), "total_ms": 1e3 * (now - times[0])},
+        "timing": {"filter_ms": 1e3 * (now - portion.received), "total_ms": 1e3 * (now - began)},
     }
 
 
 async def filter_stream(socket: WebSocket) -> None:
     """The WebSocket: refused with a problem document before it is accepted, with an `error` message after."""
-    server: Server = socket.app.state.server
+    server = server_of(socket)
     try:
-        model = server.repository.get(socket.path_params["model"], socket.path_params.get("version"))
+        model = model_of(socket, "stream")
         lane = server.scheduler.stream_lane(model.key)
     except ElbowError as error:
-        server.metrics.refusals.labels(error.code).inc()
-        await socket.send_denial_response(error_response(error, socket.url.path, str(socket.scope.get("request_id", ""))))
+        server.metrics.refused(error.code, socket.scope["call"])
+        await socket.send_denial_response(error_response(error, socket.url.path, socket.scope["request_id"]))
         return
     await socket.accept()
     connection = Connection(socket, server, model, lane, key_id_of(socket))

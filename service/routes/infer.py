@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from service import jobs, replies, schemas
@@ -21,9 +21,7 @@ from service.deps import Server, server_of, static_model_of
 from service.repository import ServedModel
 from service.routes.arrays import array_call, speaks_arrays
 from service.scheduler.job import Job, JobResult
-from service.submission import Show, events, submit
-
-EVENT_STREAM = "text/event-stream"
+from service.submission import EVENT_STREAM, Show, events, submit
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,7 @@ class Endpoint:
         """The reply in JSON, or its events."""
         if self.streams and EVENT_STREAM in request.headers.get("accept", ""):
             show = Show(partial(replies.step_event, model, parts=body.parts), lambda result: self.reply(model, result, body))
-            frames = await events(request, server, model, job, show=show)
-            return StreamingResponse(frames, media_type=EVENT_STREAM, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+            return await events(request, server, model, job, show=show)
         result = await submit(request, server, model, job)
         response = replies.json_response(self.reply(model, result, body))
         server.scheduler.replied(job, result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,11 +26,8 @@ from service.repository import ServedModel
 from service.routes.infer import ENDPOINTS
 from service.scheduler.job import Job
 from service.schemas import FilterBody, read_body_fields
-from service.streams.opening import spec_of
-from service.streams.stateless import FRESH, Frames, read_frames, settle, snapshot_after
-from service.streams.stream import Portion, Stream
-from service.streams.tokens import Snapshot
-from service.submission import submit
+from service.streams.stateless import FRESH, Frames, read_frames, snapshot_after
+from service.submission import filter_alone, submit
 
 CALLS = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 Outputs = tuple[dict[str, NDArray[Any]], dict[str, Any]]
@@ -110,7 +106,8 @@ async def _filter(request: Request, server: Server, model: ServedModel, asked: A
     server.charge(caller_of(request), len(frames.x) * (1 + frames.settings["steps"]))
     began = server.clock()
     if name is None:
-        portion, after = await _alone(server, model, frames)
+        portion = await filter_alone(request, server, server.scheduler.stream_lane(model.key), frames)
+        after = snapshot_after(portion, frames.settings, frames.snapshot.summary if frames.snapshot else FRESH)
     else:
         if control.start:
             sequence = server.sequences.start(name, model, server.scheduler.stream_lane(model.key), frames)
@@ -130,23 +127,6 @@ async def _filter(request: Request, server: Server, model: ServedModel, asked: A
             parameters["sequence_id"] = control.id
         results = server.shaper(model).results(portion, portion.stream.spec)
         return _shaped(columns, asked, model, results), parameters
-
-
-async def _alone(server: Server, model: ServedModel, frames: Frames) -> tuple[Portion, Snapshot]:
-    """Frames of no live sequence, from the state they brought."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Portion] = loop.create_future()
-    lane = server.scheduler.stream_lane(model.key)
-    stream = Stream(spec_of(frames.settings, 0.0, frames.snapshot), settle(done), loop)
-    lane.open(stream)
-    try:
-        lane.feed(Portion(stream, frames.x, frames.mask, server.clock(), wants_state=True))
-        portion = await done
-    finally:
-        lane.close(stream)
-    if portion.error is not None:
-        raise portion.error
-    return portion, snapshot_after(portion, frames.settings, frames.snapshot.summary if frames.snapshot else FRESH)
 
 
 def _shaped(columns: Sequence[Column], asked: Asked, model: ServedModel, result: Any) -> dict[str, NDArray[Any]]:

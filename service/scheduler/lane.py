@@ -60,6 +60,10 @@ class Lane(Protocol):
         """Answers everything it holds with `error`."""
         ...
 
+    def request_ids(self) -> list[str]:
+        """Some of the requests whose work it holds, for the log."""
+        ...
+
 
 def choose(lanes: Sequence[Lane]) -> Lane | None:
     """The lane to serve next: earliest deadline, then least recently served; none is passed over more than `PATIENCE` times."""

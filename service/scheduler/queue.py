@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from service.scheduler.job import Job, JobResult
 from service.scheduler.load import NO_WORK
+from service.telemetry import REQUEST_ID
 
 
 class Ticket:
@@ -26,17 +27,17 @@ class Ticket:
         deadline: instant by which refinement and measuring must be done, so that final stages and reply still fit; inf = none.
         next_row: first row that is still in line. left: rows not finished yet.
         result: columns, allocated when the first row is finished (or needs a place for its outputs).
-        work: what it counts for in the lane's load, until it is answered.
+        work: what it counts for in the lane's load, until it is answered. request_id: of the request that made it, for the log.
         tag, served: where the job stands in the fair order of rows, and of final stages.
     """
 
     __slots__ = (
         "abandoned", "arrived", "deadline", "future", "in_flight", "job", "left", "loop", "next_row",
-        "outcome", "predicted_s", "result", "rows", "served", "started", "tag", "weight", "work",
+        "outcome", "predicted_s", "request_id", "result", "rows", "served", "started", "tag", "weight", "work",
     )  # fmt: skip
 
     def __init__(self, job: Job, arrived: float):
-        self.job, self.arrived = job, arrived
+        self.job, self.arrived, self.request_id = job, arrived, REQUEST_ID.get()
         self.started = math.nan
         self.deadline = math.inf
         self.predicted_s = 0.0

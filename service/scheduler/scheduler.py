@@ -207,7 +207,7 @@ class Scheduler:
         try:
             lane.tick(self._tick_s)
         except Exception as exc:  # a fault of ours: every waiter still gets an answer, and the other lanes live on
-            _LOG.exception("a tick of %s failed", lane.key)
+            _LOG.exception("a tick failed", extra={"model": lane.key, "request_ids": lane.request_ids()})
             failure = BackendFailure(f"the scheduler failed on {lane.key}: {exc}")
             failure.__cause__ = exc
             lane.fail_all(failure)

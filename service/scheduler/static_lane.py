@@ -9,6 +9,7 @@ Rows R of one model. ELBOs in nats; times in seconds of the injected clock.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Collection
@@ -34,7 +35,9 @@ from service.scheduler.queue import Ticket, WaitingLine
 from service.scheduler.reserve import Reserve
 from service.scheduler.results import Finished, blank
 from service.scheduler.rows import CODE, REASONS, RowTable
+from service.telemetry import named
 
+_LOG = logging.getLogger("elbow.scheduler")
 TOLERANCE_SAMPLES = 8
 """The gain of a late step, measured with fewer samples, drowns in noise (architecture.md, section 2)."""
 _GATHERED_TICKS = 8
@@ -160,8 +163,15 @@ class StaticLane:
 
     def fail_all(self, error: Exception) -> None:
         self._receive()
+        self._end(self._held(), error)
+
+    def request_ids(self) -> list[str]:
+        return named(ticket.request_id for ticket in self._held())
+
+    def _held(self) -> list[Ticket]:
+        """What is in line, in slots or in final stages, and has no answer yet."""
         held = {id(t): t for t in (*self._line, *self._stages.tickets(), *(t for t in self._rows.tickets if t is not None))}
-        self._end([t for t in held.values() if t.outcome is None], error)
+        return [ticket for ticket in held.values() if ticket.outcome is None]
 
     # Entering.
 
@@ -550,8 +560,7 @@ class StaticLane:
 
     def _forget_abandoned(self) -> None:
         self.someone_left = False
-        held = {id(t): t for t in (*self._line, *self._stages.tickets(), *(t for t in self._rows.tickets if t is not None))}
-        gone = [ticket for ticket in held.values() if ticket.abandoned and ticket.outcome is None]
+        gone = [ticket for ticket in self._held() if ticket.abandoned]
         if gone:
             self.counts.jobs_abandoned += len(gone)
             self._end(gone, JobAbandoned("the waiter has gone"))
@@ -560,10 +569,12 @@ class StaticLane:
         self._fail_batch(self._tickets(slots), error)
 
     def _fail_batch(self, tickets: Collection[Ticket], error: Exception) -> None:
-        """Every job with a row in a batch that raised gets the failure; the lane lives on."""
+        """Every job with a row in a batch that raised gets the failure, and the log says why, once; the lane lives on."""
         failure = BackendFailure(f"the engine failed on a batch of {self.key}: {error}")
         failure.__cause__ = error
         alive = list({id(ticket): ticket for ticket in tickets if ticket.outcome is None}.values())
+        request_ids = named(ticket.request_id for ticket in alive)
+        _LOG.error("a batch failed", exc_info=error, extra={"model": self.key, "jobs": len(alive), "request_ids": request_ids})
         self.counts.jobs_failed += len(alive)
         self._end(alive, failure)
 

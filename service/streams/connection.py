@@ -19,6 +19,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from service import arrays
 from service.deps import Server, caller_of
 from service.errors import (
+    STATUS,
     BackendFailure,
     BodyTooLarge,
     ClientIdle,
@@ -35,7 +36,7 @@ from service.streams.lane import StreamLane
 from service.streams.opening import Opened, from_query, open_with
 from service.streams.stream import Portion, Stream
 from service.streams.tokens import Snapshot
-from service.telemetry import LOG
+from service.telemetry import LOG, Call
 
 RESTART, UNSUPPORTED, BAD_PAYLOAD, POLICY, TOO_BIG, INTERNAL, TRY_LATER = 1012, 1003, 1007, 1008, 1009, 1011, 1013
 CLOSE_CODES: dict[type[ElbowError], int] = {
@@ -68,6 +69,7 @@ class Connection:
 
     def __init__(self, socket: WebSocket, server: Server, model: ServedModel, lane: StreamLane, key_id: str):
         self._socket, self._server, self._model, self._lane, self._key_id = socket, server, model, lane, key_id
+        self._call: Call = socket.scope["call"]
         self._loop = asyncio.get_running_loop()
         self._shaper = server.shaper(model)
         self._outgoing: list[bytes] = []
@@ -94,9 +96,8 @@ class Connection:
                 if self._closing is None:
                     raise
                 task = asyncio.current_task()
-                if task is not None:
+                if task is not None:  # `_check_idle` has said why
                     task.uncancel()
-                self._refuse(ClientIdle(f"nothing was heard for {self._server.limits.stream_idle_s:.0f} s: send keep_alive to stay"))
             except ElbowError as error:
                 self._refuse(error)
             except WebSocketDisconnect:
@@ -284,7 +285,7 @@ class Connection:
         assert self._stream is not None
         if x is None:
             x = np.empty((0, self._model.card.x.size), np.float32)
-        self._lane.feed(Portion(self._stream, x, mask, self._server.clock(), wants_state, about))
+        self._lane.feed(Portion(self._stream, x, mask, self._server.clock(), wants_state, about, self._call.request_id))
 
     # Answering.
 
@@ -348,8 +349,11 @@ class Connection:
                 self._end(RESTART)
 
     def _refuse(self, error: ElbowError) -> None:
-        self._server.metrics.refusals.labels(error.code).inc()
-        message: dict[str, Any] = {"type": "error", "code": error.code, "error": error.detail}
+        """The first problem ends the stream and is counted; others (of portions that were in line with it) are the same end."""
+        if self._closing is not None:
+            return
+        self._server.metrics.refused(error.code, self._call, ended=STATUS[type(error)])
+        message: dict[str, Any] = {"type": "error", "code": error.code, "error": error.detail, "request_id": self._call.request_id}
         if error.fields:
             message["field"] = error.fields[0][0]
         self._send(message)
@@ -380,7 +384,7 @@ class Connection:
             if self._socket.application_state is WebSocketState.CONNECTED:
                 await self._socket.close(self._closing)
         except (WebSocketDisconnect, RuntimeError, OSError) as exc:
-            LOG.debug("a stream's client left while it was answered", extra={"reason": str(exc)})
+            LOG.debug("a stream's client left while it was answered", extra={"request_id": self._call.request_id, "reason": str(exc)})
         finally:
             if self._drained is not None:
                 self._drained.set()

@@ -15,7 +15,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from service.errors import BackendFailure, Overloaded, ShuttingDown, UnknownMode
 from service.noise import Keys, Purpose, words
 from service.scheduler.cost import CostModel
 from service.streams.stream import Portion, Stream
+from service.telemetry import named
 
 _LOG = logging.getLogger("elbow.streams")
 FRAME = "frame_K"
@@ -136,11 +137,10 @@ class StreamLane:
             try:
                 self._run(streams, steps, predicts)
             except Exception as exc:
-                _LOG.exception("a frame of %d streams of %s failed", len(streams), self.key)
-                failure = BackendFailure(f"the engine failed on {self.key}: {exc}")
-                failure.__cause__ = exc
-                for stream in streams:
-                    self._fail(stream, failure)
+                self._fail_batch(streams, exc)
+
+    def request_ids(self) -> list[str]:
+        return _requests_of(self._ready)
 
     def fail_all(self, error: Exception) -> None:
         self._collect()
@@ -202,7 +202,12 @@ class StreamLane:
     def _without_frames(self, stream: Stream) -> None:
         """Finishes the portions in front that have no frame left: markers, snapshots, bytes that completed none."""
         while stream.portions and stream.portions[0].done == len(stream.portions[0].x):
-            self._finish(stream, stream.portions.popleft())
+            try:
+                self._finish(stream, stream.portions[0])
+            except Exception as exc:  # the portion is still in line: it gets its answer there
+                self._fail_batch([stream], exc)
+                return
+            stream.portions.popleft()
         if not stream.portions:
             self._ready.discard(stream)
 
@@ -214,6 +219,15 @@ class StreamLane:
             rows = self.engine.read_rows(np.array([stream.slot], np.intp), self._state)
             portion.state = {name: value[0].copy() for name, value in rows.items()}
         self._out.append(portion)
+
+    def _fail_batch(self, streams: list[Stream], error: Exception) -> None:
+        """Streams with a frame in a batch that raised end with the failure, and the log says why, once; the lane lives on."""
+        extra = {"model": self.key, "streams": len(streams), "request_ids": _requests_of(streams)}
+        _LOG.error("frames failed", exc_info=error, extra=extra)
+        failure = BackendFailure(f"the engine failed on {self.key}: {error}")
+        failure.__cause__ = error
+        for stream in streams:
+            self._fail(stream, failure)
 
     def _fail(self, stream: Stream, error: Exception | None) -> None:
         stream.failed = error
@@ -306,6 +320,11 @@ class StreamLane:
     def _observe(self, steps: int, rows: int, seconds: float) -> None:
         if steps == self.engine.card.trained_steps and FRAME in self.engine.card.programs:
             self.cost.observe(FRAME, rows, seconds)
+
+
+def _requests_of(streams: Iterable[Stream]) -> list[str]:
+    """Who brought the portions in front. Engine thread only, which alone takes portions away."""
+    return named(stream.portions[0].request_id for stream in streams if stream.portions)
 
 
 class FrameNoise:

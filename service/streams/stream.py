@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact import Arrays
+from service.telemetry import REQUEST_ID
 
 PARTS = ("elbo", "surprise", "posterior", "log_likelihood", "kl", "reconstruction", "prediction")
 
@@ -48,6 +49,7 @@ class Portion:
     Attributes:
         x, mask: (n, X); mask None = all observed.
         wants_state: the stream's state after the portion is to be read. about: whatever the connection wants to find again.
+        request_id: of the request or WebSocket that brought it, for the log.
         elbo, log_likelihood, kl: nats, one per frame done. steps_used: likewise. shown: per frame, the arrays asked for.
         noise: (frames left, uses, S, D) from frame `noise_from` on, made when the first one's turn comes.
         state: after the portion, if wanted. error: instead of all this.
@@ -59,6 +61,7 @@ class Portion:
     received: float
     wants_state: bool = False
     about: Any = None
+    request_id: str = field(default_factory=REQUEST_ID.get)
     due: float = 0.0
     done: int = 0
     first_frame: int = 0

@@ -12,6 +12,7 @@ from service.errors import BackendFailure, ElbowError, Overloaded, ShuttingDown,
 from service.scheduler.job import Ask, JobResult
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.static_lane import JobAbandoned
+from service.telemetry import MOST_NAMED, REQUEST_ID
 from tests.service.scheduler.support import Clock, job, make, run
 
 ASKS = (Ask(), Ask(measure=False), Ask(trace=True), Ask(importance_samples=30, mean=True), Ask(z=2, x=5))
@@ -104,13 +105,51 @@ def test_a_failed_batch_spares_jobs_that_were_not_in_it():
     assert isinstance(short.outcome, BackendFailure)
 
 
-def test_a_fault_of_the_scheduler_itself_is_answered_too(monkeypatch):
+def asked_by(request_id, scheduler, *jobs):
+    """The tickets of jobs that one request brings."""
+    before = REQUEST_ID.set(request_id)
+    tickets = [scheduler.enqueue(one) for one in jobs]
+    REQUEST_ID.reset(before)
+    return tickets
+
+
+@pytest.mark.parametrize("program", ["init", "step", "score", "decode"])
+def test_the_log_says_once_per_failed_batch_why_and_whose(program, caplog):
+    broken = []
+    scheduler = make(engine=ClosedFormEngine(fail_on=lambda name, _: name in broken))
+    broken.append(program)
+    asked_by("a", scheduler, job(2, 3, ask=Ask(mean=True)), job(1, 3, ask=Ask(mean=True)))
+    asked_by("b", scheduler, job(1, 3, ask=Ask(mean=True)))
+    scheduler.drain()
+    (line,) = caplog.records
+    assert (line.name, line.levelname, line.message) == ("elbow.scheduler", "ERROR", "a batch failed")
+    assert (line.model, line.jobs, line.request_ids) == ("m", 3, ["a", "b"])
+    assert "fail" in str(line.exc_info[1])
+    assert line.exc_info[2] is not None
+
+
+def test_the_log_names_a_few_of_many_requests(caplog):
+    broken = []
+    scheduler = make(engine=ClosedFormEngine(fail_on=lambda name, _: name in broken))
+    broken.append("step")
+    for one in range(3 * MOST_NAMED):
+        asked_by(f"request {one}", scheduler, job(1, 3))
+    scheduler.drain()
+    (line,) = caplog.records
+    assert line.jobs == 3 * MOST_NAMED
+    assert line.request_ids == [f"request {one}" for one in range(MOST_NAMED)]
+
+
+def test_a_fault_of_the_scheduler_itself_is_answered_too_and_the_log_says_whose(monkeypatch, caplog):
     scheduler = make()
-    ticket = scheduler.enqueue(job(1, 3))
+    (ticket,) = asked_by("mine", scheduler, job(1, 3))
     monkeypatch.setattr(scheduler._running[0], "_refine", lambda _: 1 / 0)
     scheduler.drain()
     assert isinstance(ticket.outcome, BackendFailure)
     assert is_empty(scheduler)
+    (line,) = caplog.records
+    assert (line.message, line.model, line.request_ids) == ("a tick failed", "m", ["mine"])
+    assert line.exc_info[0] is ZeroDivisionError
 
 
 # Fairness

@@ -18,6 +18,7 @@ from service.engine.onnx import OnnxEngine
 from service.errors import BackendFailure, Overloaded, ShuttingDown
 from service.streams.lane import StreamLane
 from service.streams.stream import Portion, Stream, StreamSpec
+from service.telemetry import REQUEST_ID
 from tests.service.streams.conftest import FRAME, sound
 
 Frames = NDArray[np.float32]
@@ -229,9 +230,52 @@ class Failing(Spoiled):
         self._fails = chance
 
     def run_rows(self, program: str, slots: Slots, noise: Mapping[str, NDArray[Any]], guard: str | None = None) -> Arrays:
+        self._may_fail()
+        return self._engine.run_rows(program, slots, noise, guard)
+
+    def read_rows(self, slots: Slots, names: list[str]) -> Arrays:
+        self._may_fail()
+        return self._engine.read_rows(slots, names)
+
+    def load_rows(self, slots: Slots, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self._may_fail()
+        self._engine.load_rows(slots, arrays)
+
+    def _may_fail(self) -> None:
         if self._fails():
             raise RuntimeError("the engine broke")
-        return self._engine.run_rows(program, slots, noise, guard)
+
+
+@pytest.mark.parametrize("count", [3, 0])
+def test_the_log_says_once_why_frames_failed_and_whose(engine: OnnxEngine, caplog: pytest.LogCaptureFixture, count: int) -> None:
+    """With no frame it is the reading of the state that fails, in whichever call collects: the other lanes live on, too."""
+    bench = Bench(Failing(engine, lambda: True))
+    for name in ("a", "b"):
+        before = REQUEST_ID.set(name)
+        bench.feed(bench.open(StreamSpec(steps=2, seed=1)), frames(0, count), wants_state=True)
+        REQUEST_ID.reset(before)
+    bench.lane.urgency()
+    bench.run()
+    assert all(isinstance(portion.error, BackendFailure) for portion in bench.done)
+    assert len(bench.done) == 2
+    lines = caplog.records
+    assert {(line.name, line.levelname, line.message, line.model) for line in lines} == {
+        ("elbow.streams", "ERROR", "frames failed", "tiny/1")
+    }
+    assert [sorted(line.request_ids) for line in lines] == ([["a", "b"]] if count else [["a"], ["b"]])
+    assert all(line.exc_info and line.exc_info[0] is RuntimeError for line in lines)
+
+
+def test_a_state_that_cannot_be_read_fails_its_own_stream_only(engine: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The portion had left the line already, so nobody answered it; and its neighbours in the batch failed with it."""
+    broken = Failing(engine, lambda: False)
+    bench = Bench(broken)
+    asks, other = (bench.feed(bench.open(StreamSpec(steps=2, seed=1)), frames(0, 2), wants_state=wants) for wants in (True, False))
+    monkeypatch.setattr(broken, "read_rows", lambda *_: 1 / 0)
+    bench.run()
+    assert isinstance(asks.error, BackendFailure)
+    assert asks.settled
+    assert len(elbos([other])) == 2
 
 
 @settings(max_examples=40, deadline=None)
