@@ -21,6 +21,13 @@ from training.export_files import PROBABILITIES, REFERENCE_ROWS, Description, re
 
 MAX_STEPS = 128
 
+PIXELS = {
+    "bernoulli": ("nats per image", "0 or 1, exact for binary data; grey values in [0, 1] count as cross-entropy"),
+    "gaussian": ("nats per image; log density of values in [0, 1]", "grey values in [0, 1]"),
+    "quantised_gaussian": ("nats per image; log mass of intervals of 1/255", "grey values in [0, 1], multiples of 1/255"),
+}
+"""By likelihood: units of nats, and what a pixel is."""
+
 
 def describe_static(model: LatentModel, run: RunConfig, rows: int, samples: int, data_root: str | None, quiet: bool) -> Description:
     """The programs of a static model, their reference, and its part of the card; measured on `rows` rows of each split."""
@@ -39,19 +46,20 @@ def describe_static(model: LatentModel, run: RunConfig, rows: int, samples: int,
         "max_steps": MAX_STEPS if refines else 0,
         **_measure(model, run, images, rows, samples, quiet),
     }
-    x = observe(torch.as_tensor(images.valid[:REFERENCE_ROWS]), images.kind, _generator(BINARISE_SEED))
+    # a small set of one's own may hold out fewer
+    rows_known = torch.arange(REFERENCE_ROWS) % len(images.valid)
+    x = observe(torch.as_tensor(images.valid)[rows_known], images.kind, likelihood, _generator(BINARISE_SEED))
     return Description(served.programs, {}, reference(model, x), card, (images.name, images.sha256))
 
 
 def _describe_x(model: LatentModel, run: RunConfig, images: Images) -> XSpec:
-    binary = run.architecture.generative.likelihood == "bernoulli"
+    units, values = PIXELS[run.architecture.generative.likelihood]
     return XSpec(
         shape=(model.generative.x_size,),
-        minimum=0.0 if binary else None,
-        maximum=1.0 if binary else None,
-        units="nats per image",
-        description=f"{images.shape[0]}×{images.shape[1]} pixels, row by row"
-        + ("; 0 or 1, exact for binary data; grey values in [0, 1] count as cross-entropy" if binary else ""),
+        minimum=0.0,
+        maximum=1.0,
+        units=units,
+        description=f"{images.shape[0]}×{images.shape[1]} pixels, row by row; {values}",
     )
 
 
@@ -75,7 +83,8 @@ def _measure(model: LatentModel, run: RunConfig, images: Images, rows: int, samp
     """The validation curve and the training quantiles."""
     measured = {}
     for split in ("valid", "train"):
-        x = observe(torch.as_tensor(getattr(images, split)[:rows]), images.kind, _generator(BINARISE_SEED))
+        pixels = torch.as_tensor(getattr(images, split)[:rows])
+        x = observe(pixels, images.kind, run.architecture.generative.likelihood, _generator(BINARISE_SEED))
         evaluator = Evaluator(model, run, x, quiet=quiet)
         steps = list(CURVE_STEPS) if evaluator.refines else [0]
         measured[split] = evaluator.curve(rows, samples, steps)

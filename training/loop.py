@@ -1,4 +1,4 @@
-"""Runs of static models: rows of images, drawn anew at every use, refined and learned from."""
+"""Runs of static models: rows of images, for a Bernoulli drawn anew at every use, refined and learned from."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Trainer(RunLoop):
     def update(self, index: Tensor) -> dict[str, Tensor]:
         """Draws x, mask and noise, adds up the gradients, steps both optimisers. `index`: rows of the training set."""
         run = self.run
-        x = observe(self.train_x[index], self.images.kind, self.generators["binarise"])
+        x = observe(self.train_x[index], self.images.kind, run.architecture.generative.likelihood, self.generators["binarise"])
         mask = self._masks(len(x)) if run.data.mask_probability else torch.ones_like(x)
         trace = self.gradients(x, mask, self._noise(len(x)), run.kl_weight(self.batches.epoch))
         self.step_optimisers(len(x))
@@ -78,7 +78,7 @@ class Trainer(RunLoop):
         sizes, refinement = self.static.generative.latent_sizes, self.run.refinement
         totals: list[float] = [0.0] * (refinement.steps + 1)
         for rows in self.valid_x.split(rows_at_once):
-            x = observe(rows, self.images.kind, generator)
+            x = observe(rows, self.images.kind, self.run.architecture.generative.likelihood, generator)
             mask = torch.ones_like(x)
 
             def draw(k: int, rows: int = len(x)) -> Noise:

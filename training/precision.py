@@ -55,7 +55,8 @@ def offer_int8(
     """
     files = _write_programs(folder, card)
     images = load(run.data.name, data_root)
-    x = observe(torch.as_tensor(images.valid[:rows]), images.kind, torch.Generator().manual_seed(BINARISE_SEED))
+    generator = torch.Generator().manual_seed(BINARISE_SEED)
+    x = observe(torch.as_tensor(images.valid[:rows]), images.kind, run.architecture.generative.likelihood, generator)
     plain = {program: card.programs[program].files["onnx"] for program in CHOOSING if program in card.programs}
     float32, int8 = (nats(card, runners_of(folder, card, each), model, x, samples) for each in (plain, plain | files))
     cost = (float32 - int8).double()

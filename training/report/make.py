@@ -125,7 +125,8 @@ class Report:
         refinement = self.subject.run.refinement
         refiner = Refiner(self.subject.model, self.subject.model.inference, refinement)
         data = strips(refiner, self._rows(max(rows) + 1)[rows], rows, self.images.shape)
-        words = captions.strips(data, refinement, self.images.valid_labels is not None)
+        binarised = self.subject.run.architecture.generative.likelihood == "bernoulli"
+        words = captions.strips(data, refinement, self.images.valid_labels is not None, binarised)
         numbers = {"steps": data.steps, "rows": data.rows, "elbo": data.elbo, "samples": data.samples}
         return Made("Reconstructions by step", words, figures.reconstruction_strips(data), numbers)
 
@@ -133,7 +134,7 @@ class Report:
         assert self.z2 is not None
         run, row = self.z2.run, self.effort.landscape_row
         images = load(run.data.name, self.data_root)
-        x = validation_rows(images, row + 1 + LANDSCAPE_TUNING_ROWS, _device(self.z2))
+        x = validation_rows(images, row + 1 + LANDSCAPE_TUNING_ROWS, run.architecture.generative.likelihood, _device(self.z2))
         tuning = x[row + 1 :]
         if not len(tuning):
             raise ReportError(f"--digit {row}: {run.data.name} has {len(images.valid)} validation rows, and some must follow the digit")
@@ -176,7 +177,7 @@ class Report:
     # files -------------------------------------------------------------------------------------------------
 
     def _rows(self, count: int) -> Tensor:
-        return validation_rows(self.images, count, _device(self.subject))
+        return validation_rows(self.images, count, self.subject.run.architecture.generative.likelihood, _device(self.subject))
 
     def _write(self, name: str, made: Made) -> None:
         png = style.save(made.figure, self.folder / f"{name}.png")
