@@ -14,7 +14,6 @@ from models.likelihood import LIKELIHOODS
 from models.programs import level_names, static_programs
 from training.config import RunConfig
 from training.data.binarise import observe
-from training.data.catalogue import load
 from training.data.images import Images
 from training.evaluate import BINARISE_SEED, CURVE_STEPS, Evaluator
 from training.export_files import PROBABILITIES, REFERENCE_ROWS, Description, reference_run
@@ -31,7 +30,7 @@ PIXELS = {
 
 def describe_static(model: LatentModel, run: RunConfig, rows: int, samples: int, data_root: str | None, quiet: bool) -> Description:
     """The programs of a static model, their reference, and its part of the card; measured on `rows` rows of each split."""
-    images = load(run.data.name, data_root)
+    images = run.data.load(data_root)
     served = static_programs(model)
     likelihood = run.architecture.generative.likelihood
     refines = model.inference.refines

@@ -16,7 +16,6 @@ from training.checkpoint import load_static
 from training.config import RunConfig
 from training.data.batches import Batches
 from training.data.binarise import observe
-from training.data.catalogue import load
 from training.data.images import Images
 from training.data.masks import random_masks
 from training.run_loop import RunLoop
@@ -27,11 +26,11 @@ VALIDATION_SEED = 20180723
 
 
 class Trainer(RunLoop):
-    """One run of a static model. `batches` gives the rows of each update."""
+    """One run of a static model. `batches` gives the rows of each update; `images`: the run's data, where they are read already."""
 
-    def __init__(self, run: RunConfig, folder: Path, fabric: Fabric, data_root: str | None = None):
+    def __init__(self, run: RunConfig, folder: Path, fabric: Fabric, data_root: str | None = None, images: Images | None = None):
         self.run = run
-        self.images: Images = load(run.data.name, data_root)
+        self.images = run.data.load(data_root) if images is None else images
         self.static: LatentModel = build(run.architecture, seed=run.seed)
         before = 0
         if run.parent is not None:
@@ -42,7 +41,7 @@ class Trainer(RunLoop):
         self.epochs_before = before
         self.train_x = self._resident(self.images.train[: run.train_rows])
         self.valid_x = self._resident(self.images.valid[: run.validation_rows])
-        self.batches = Batches(self.train_x, run.batch_size, self.generators["order"], drop_last=run.compiled)
+        self.batches = Batches(self.train_x, min(run.batch_size, len(self.train_x)), self.generators["order"], drop_last=run.compiled)
         self.gradients = Gradients(self.static, run.refinement.steps, self._autocast, run.compiled, run.refinement.late)
 
     def update(self, index: Tensor) -> dict[str, Tensor]:

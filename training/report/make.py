@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from training.data.catalogue import load
 from training.data.images import Images
 from training.report import captions, figures, style
 from training.report.history import history
@@ -74,7 +73,7 @@ class Report:
         self.subject = Subject.load(checkpoint)
         self.z2 = Subject.load(z2) if z2 else None
         self.direct = Subject.load(direct) if direct else None
-        self.images: Images = load(self.subject.run.data.name, data_root)
+        self.images: Images = self.subject.run.data.load(data_root)
         self.made_by = made_by()
         self._refuse_misfits()
         self.entries: list[Entry] = []
@@ -133,7 +132,7 @@ class Report:
     def _landscape(self) -> Made:
         assert self.z2 is not None
         run, row = self.z2.run, self.effort.landscape_row
-        images = load(run.data.name, self.data_root)
+        images = run.data.load(self.data_root)
         x = validation_rows(images, row + 1 + LANDSCAPE_TUNING_ROWS, run.architecture.generative.likelihood, _device(self.z2))
         tuning = x[row + 1 :]
         if not len(tuning):
