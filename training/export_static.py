@@ -88,10 +88,12 @@ def _measure(model: LatentModel, run: RunConfig, images: Images, rows: int, samp
         steps = list(CURVE_STEPS) if evaluator.refines else [0]
         measured[split] = evaluator.curve(rows, samples, steps)
     valid, train = measured["valid"], measured["train"]
+    # of a single row there is no spread, and the card has no NaN
+    spread = valid.std(0, correction=min(1, len(valid) - 1))
     quantiles = torch.quantile(train.double(), torch.tensor(PROBABILITIES, dtype=torch.float64), dim=0).T
     return {
         "curve": Curve(
-            steps=tuple(steps), elbo=tuple(valid.mean(0).tolist()), elbo_std=tuple(valid.std(0).tolist()), rows=len(valid), samples=samples
+            steps=tuple(steps), elbo=tuple(valid.mean(0).tolist()), elbo_std=tuple(spread.tolist()), rows=len(valid), samples=samples
         ),
         "quantiles": Quantiles(probabilities=PROBABILITIES, steps=tuple(steps), elbo=tuple(tuple(row) for row in quantiles.tolist())),
     }

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Made:
 
 
 class Report:
-    """The figures of one checkpoint, written to a folder.
+    """The figures of one checkpoint, written to a folder. `fewer_rows`: the effort's rows may be lowered to half of a small set's.
 
     Raises:
         ReportError: the checkpoint has no refinement steps to show, or a companion is not what its option says.
@@ -66,6 +66,7 @@ class Report:
         z2: Path | None = None,
         direct: Path | None = None,
         effort: Effort | None = None,
+        fewer_rows: bool = False,
         data_root: str | None = None,
         quiet: bool = False,
     ):
@@ -74,6 +75,8 @@ class Report:
         self.z2 = Subject.load(z2) if z2 else None
         self.direct = Subject.load(direct) if direct else None
         self.images: Images = self.subject.run.data.load(data_root)
+        if fewer_rows:
+            self.effort = _within(self.effort, len(self.images.valid))
         self.made_by = made_by()
         self._refuse_misfits()
         self.entries: list[Entry] = []
@@ -86,7 +89,10 @@ class Report:
             )
         if self.direct and self.direct.model.inference.refines:
             raise ReportError(f"--direct {self.direct.folder} refines: a direct model is wanted")
-        if self.direct and self.direct.run.data.name != self.subject.run.data.name:
+        if self.direct and (self.direct.run.data.name, self.direct.run.data.shape) != (
+            self.subject.run.data.name,
+            self.subject.run.data.shape,
+        ):
             raise ReportError(f"--direct {self.direct.folder}: trained on {self.direct.run.data.name}, not on {self.subject.run.data.name}")
         if self.z2 and (self.z2.model.generative.latent_sizes != (2,) or not self.z2.model.inference.refines):
             raise ReportError(f"--landscape {self.z2.folder} must be an iterative model with one latent level of size 2")
@@ -200,6 +206,10 @@ class Report:
 
     def _origin(self) -> str:
         return f"{self.subject}; commit {self.made_by['commit']}; {self.made_by['date']}"
+
+
+def _within(effort: Effort, valid: int) -> Effort:
+    return replace(effort, race=replace(effort.race, rows=max(1, min(effort.race.rows, valid // 2))))
 
 
 def _finite(value: Any) -> Any:
