@@ -135,7 +135,7 @@ async def tolerance(pool: Pool) -> dict[str, float] | None:
     except (ImportError, OSError) as exc:
         print(f"no tolerance measured, the training extra and its data are needed: {exc}")
         return None
-    digits = observe(torch.as_tensor(images.valid[:500]), images.kind, torch.Generator().manual_seed(1)).reshape(500, -1).numpy()
+    digits = observe(torch.as_tensor(images.valid[:500]), images.kind, "bernoulli", torch.Generator().manual_seed(1)).numpy()
     found = {}
     for name, budget in (("tolerance", {"tolerance": 0.05}), ("64 steps", {"steps": STEPS})):
         body = {"inputs": digits.astype(int).tolist(), "seed": list(range(500)), "return": ["posterior", "elbo"], **budget}

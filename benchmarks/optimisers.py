@@ -193,7 +193,8 @@ def main() -> None:
     artifact = Artifact.open(args.artifact)
     card, model = artifact.card, eager_model(artifact)
     images = load(card.provenance["run"]["data"]["name"], args.data)
-    x = observe(torch.as_tensor(images.valid[: MEASURED_ROWS + TUNING_ROWS]), images.kind, torch.Generator().manual_seed(1))
+    pixels = torch.as_tensor(images.valid[: MEASURED_ROWS + TUNING_ROWS])
+    x = observe(pixels, images.kind, card.likelihood.name, torch.Generator().manual_seed(1))
     x, tuning = x[:MEASURED_ROWS], x[MEASURED_ROWS:]
     race = Race(model, card.samples, card.antithetic)
 

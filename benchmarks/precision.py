@@ -78,7 +78,7 @@ def main() -> None:
     card, model = artifact.card, eager_model(artifact)
     images = load(card.provenance["run"]["data"]["name"], args.data)
     observed = {
-        split: observe(torch.as_tensor(getattr(images, split)[:rows]), images.kind, torch.Generator().manual_seed(1))
+        split: observe(torch.as_tensor(getattr(images, split)[:rows]), images.kind, card.likelihood.name, torch.Generator().manual_seed(1))
         for split, rows in (("train", CALIBRATION_ROWS), ("valid", args.rows))
     }
     x = observed["valid"]

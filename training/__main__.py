@@ -6,7 +6,13 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.config import RunConfig
+    from training.data.images import Images
+    from training.data.sequences import Sequences
+    from training.sequence_config import SequenceRunConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.add_argument("--threads", type=int, help="CPU threads of torch")
     train.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
+    train.add_argument(
+        "--on", metavar="DATA", help="learn from this set instead of the run's own: a name of `elbow-train data`, folder:PATH …"
+    )
+    train.add_argument("--size", type=_size, metavar="HxW", help="of --on folder:PATH: stretch the images to this height and width")
+    train.add_argument("--frame-size", type=_positive, help="of recordings: samples per frame (default: the run's, 200)")
+    train.add_argument("--steps-per-beat", type=_positive, help="of --on midi:FOLDER: frames per quarter note (default 2)")
     train.set_defaults(action=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure checkpoints side by side, on validation rows")
@@ -97,14 +109,53 @@ def _train(args: argparse.Namespace) -> int:
         return 2
     fabric = fabric_for(args.device)
     fabric.launch()
-    folder = args.output or Path("runs") / run.name
     loop: RunLoop
     if isinstance(run, SequenceRunConfig):
-        loop = SequenceTrainer(run if args.seconds is None else replace(run, seconds=args.seconds), folder, fabric, args.data)
+        sequence_run, sequences = _sequences(args, run if args.seconds is None else replace(run, seconds=args.seconds))
+        loop = SequenceTrainer(sequence_run, args.output or Path("runs") / sequence_run.name, fabric, sequences=sequences)
     else:
-        loop = Trainer(run, folder, fabric, args.data)
+        static_run, images = _images(args, run)
+        loop = Trainer(static_run, args.output or Path("runs") / static_run.name, fabric, images=images)
     loop.fit()
+    if args.on is not None and fabric.global_rank == 0:
+        print(f"{loop.config.name}, trained on {loop.config.data.name}: {loop.folder}")
     return 0
+
+
+def _images(args: argparse.Namespace, run: RunConfig) -> tuple[RunConfig, Images]:
+    """The run and its data, on another set where one is asked for."""
+    from training.data.errors import DataError
+    from training.own_data import on_images
+
+    for option, value in (("--frame-size", args.frame_size), ("--steps-per-beat", args.steps_per_beat)):
+        if value is not None:
+            raise DataError(f"{option}: {run.name} learns from images: leave it out")
+    if args.on is None and args.size is None:
+        return run, run.data.load(args.data)
+    return on_images(run, args.on or run.data.name, args.data, args.size)
+
+
+def _sequences(args: argparse.Namespace, run: SequenceRunConfig) -> tuple[SequenceRunConfig, Sequences]:
+    """The run and its data, on another set where one is asked for."""
+    from training.data.errors import DataError
+    from training.own_data import on_sequences
+
+    if args.size is not None:
+        raise DataError(f"--size: {run.name} learns from sequences: leave it out")
+    if args.on is None and args.frame_size is None and args.steps_per_beat is None:
+        return run, run.data.load(args.data)
+    return on_sequences(run, args.on or run.data.name, args.data, args.frame_size, args.steps_per_beat)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return _positive(height), _positive(width)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from models.architecture import Architecture
+from training.data.catalogue import load
+from training.data.images import Images
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,18 @@ class DataConfig:
     """What a run learns from.
 
     Attributes:
-        name: a row of training/data/catalogue.py.
+        name: as `training.data.load` takes it.
         mask_probability: how often a training row has a part hidden.
+        shape: (height, width) of the images; those of `folder:PATH` are stretched to it, the other sets have their own.
     """
 
     name: str = "mnist"
     mask_probability: float = 0.0
+    shape: tuple[int, int] = (28, 28)
+
+    def load(self, root: str | None = None) -> Images:
+        """Raises DataError, as `training.data.load` does."""
+        return load(self.name, root, shape=self.shape)
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,10 @@ class RunConfig:
     def from_dict(values: Mapping[str, Any]) -> RunConfig:
         """Rebuilds what `to_dict` wrote. Raises TypeError if a field is unknown."""
         parts = {"data": DataConfig, "refinement": RefinementConfig, "optimiser": OptimiserConfig}
-        built = {name: kind(**values[name]) for name, kind in parts.items()}
-        frozen = tuple(values.get("frozen", ()))
-        return RunConfig(**{**values, **built, "frozen": frozen, "architecture": Architecture.from_dict(values["architecture"])})
+        built = {name: kind(**with_tuples(values[name])) for name, kind in parts.items()}
+        return RunConfig(**{**with_tuples(values), **built, "architecture": Architecture.from_dict(values["architecture"])})
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON turns tuples into lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -28,7 +28,6 @@ from models.objective import Noise, elbo, importance_log_px, log_weights
 from models.refinement import refine_once, steps
 from training.config import RunConfig
 from training.data.binarise import observe
-from training.data.catalogue import load
 from training.step import fresh_noise
 
 BINARISE_SEED, REFINE_SEED, MEASURE_SEED = 1, 2, 3
@@ -201,11 +200,11 @@ def optimum(
 def evaluate(
     model: LatentModel, run: RunConfig, facts: dict[str, Any], effort: Effort, data_root: str | None, quiet: bool = False
 ) -> Evaluation:
-    """Everything, on the validation rows of the run's data set: binarised once with a fixed seed, the same for every model."""
-    images = load(run.data.name, data_root)
+    """Everything, on the validation rows of the run's data set: for a Bernoulli drawn once, by a fixed seed, for every model."""
+    images = run.data.load(data_root)
     device = next(model.parameters()).device
     pixels = torch.as_tensor(images.valid[: effort.rows]).to(device)
-    x = observe(pixels, images.kind, _generator(pixels, BINARISE_SEED))
+    x = observe(pixels, images.kind, run.architecture.generative.likelihood, _generator(pixels, BINARISE_SEED))
     measure = Evaluator(model, run, x, quiet=quiet)
     values = measure.curve(effort.rows, effort.samples, CURVE_STEPS)
     log_px = measure.log_px(effort.importance_rows, effort.importance_samples)

@@ -27,7 +27,6 @@ from models.filtering import filter_sequence, random_noise
 from models.generative.filter import FilterState
 from training.data.errors import DataError
 from training.data.sequence_batches import ResidentSequences, evaluation_batches
-from training.data.sequence_catalogue import load_sequences
 from training.filter_bounds import amortization_gap, fivo_bound
 from training.sequence_config import SequenceRunConfig
 
@@ -208,7 +207,7 @@ def evaluate_filter(
         DataError: the data set has no such split.
     """
     effort = effort or FilterEffort()
-    sequences = load_sequences(run.data.name, data_root)
+    sequences = run.data.load(data_root)
     if split not in sequences.splits:
         raise DataError(f"--split {split}: {run.data.name} keeps {', '.join(sequences.splits)}")
     part = sequences.splits[split]

@@ -17,7 +17,6 @@ from models.filtering import filter_sequence, random_noise
 from models.programs import level_names
 from training.data.ragged import Ragged
 from training.data.sequence_batches import ResidentSequences, evaluation_batches
-from training.data.sequence_catalogue import load_sequences
 from training.data.sequences import Sequences
 from training.export_files import PROBABILITIES, REFERENCE_ROWS, Description, ExportError, reference_run
 from training.sequence_config import SequenceRunConfig
@@ -38,7 +37,7 @@ UNITS = {
 
 def describe_filter(model: FilterModel, run: SequenceRunConfig, frames: int, data_root: str | None) -> Description:
     """The programs of a sequence model, its first state, their reference, and its part of the card, measured on about `frames` frames."""
-    sequences = load_sequences(run.data.name, data_root)
+    sequences = run.data.load(data_root)
     served = filter_programs(model, run.refinement.steps)
     likelihood = getattr(run.architecture.generative, "likelihood", "gaussian")
     refines = model.inference.refines

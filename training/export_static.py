@@ -14,17 +14,23 @@ from models.likelihood import LIKELIHOODS
 from models.programs import level_names, static_programs
 from training.config import RunConfig
 from training.data.binarise import observe
-from training.data.catalogue import load
 from training.data.images import Images
 from training.evaluate import BINARISE_SEED, CURVE_STEPS, Evaluator
 from training.export_files import PROBABILITIES, REFERENCE_ROWS, Description, reference_run
 
 MAX_STEPS = 128
 
+PIXELS = {
+    "bernoulli": ("nats per image", "0 or 1, exact for binary data; grey values in [0, 1] count as cross-entropy"),
+    "gaussian": ("nats per image; log density of values in [0, 1]", "grey values in [0, 1]"),
+    "quantised_gaussian": ("nats per image; log mass of intervals of 1/255", "grey values in [0, 1], multiples of 1/255"),
+}
+"""By likelihood: units of nats, and what a pixel is."""
+
 
 def describe_static(model: LatentModel, run: RunConfig, rows: int, samples: int, data_root: str | None, quiet: bool) -> Description:
     """The programs of a static model, their reference, and its part of the card; measured on `rows` rows of each split."""
-    images = load(run.data.name, data_root)
+    images = run.data.load(data_root)
     served = static_programs(model)
     likelihood = run.architecture.generative.likelihood
     refines = model.inference.refines
@@ -39,19 +45,20 @@ def describe_static(model: LatentModel, run: RunConfig, rows: int, samples: int,
         "max_steps": MAX_STEPS if refines else 0,
         **_measure(model, run, images, rows, samples, quiet),
     }
-    x = observe(torch.as_tensor(images.valid[:REFERENCE_ROWS]), images.kind, _generator(BINARISE_SEED))
+    # a small set of one's own may hold out fewer
+    rows_known = torch.arange(REFERENCE_ROWS) % len(images.valid)
+    x = observe(torch.as_tensor(images.valid)[rows_known], images.kind, likelihood, _generator(BINARISE_SEED))
     return Description(served.programs, {}, reference(model, x), card, (images.name, images.sha256))
 
 
 def _describe_x(model: LatentModel, run: RunConfig, images: Images) -> XSpec:
-    binary = run.architecture.generative.likelihood == "bernoulli"
+    units, values = PIXELS[run.architecture.generative.likelihood]
     return XSpec(
         shape=(model.generative.x_size,),
-        minimum=0.0 if binary else None,
-        maximum=1.0 if binary else None,
-        units="nats per image",
-        description=f"{images.shape[0]}×{images.shape[1]} pixels, row by row"
-        + ("; 0 or 1, exact for binary data; grey values in [0, 1] count as cross-entropy" if binary else ""),
+        minimum=0.0,
+        maximum=1.0,
+        units=units,
+        description=f"{images.shape[0]}×{images.shape[1]} pixels, row by row; {values}",
     )
 
 
@@ -75,15 +82,18 @@ def _measure(model: LatentModel, run: RunConfig, images: Images, rows: int, samp
     """The validation curve and the training quantiles."""
     measured = {}
     for split in ("valid", "train"):
-        x = observe(torch.as_tensor(getattr(images, split)[:rows]), images.kind, _generator(BINARISE_SEED))
+        pixels = torch.as_tensor(getattr(images, split)[:rows])
+        x = observe(pixels, images.kind, run.architecture.generative.likelihood, _generator(BINARISE_SEED))
         evaluator = Evaluator(model, run, x, quiet=quiet)
         steps = list(CURVE_STEPS) if evaluator.refines else [0]
         measured[split] = evaluator.curve(rows, samples, steps)
     valid, train = measured["valid"], measured["train"]
+    # of a single row there is no spread, and the card has no NaN
+    spread = valid.std(0, correction=min(1, len(valid) - 1))
     quantiles = torch.quantile(train.double(), torch.tensor(PROBABILITIES, dtype=torch.float64), dim=0).T
     return {
         "curve": Curve(
-            steps=tuple(steps), elbo=tuple(valid.mean(0).tolist()), elbo_std=tuple(valid.std(0).tolist()), rows=len(valid), samples=samples
+            steps=tuple(steps), elbo=tuple(valid.mean(0).tolist()), elbo_std=tuple(spread.tolist()), rows=len(valid), samples=samples
         ),
         "quantiles": Quantiles(probabilities=PROBABILITIES, steps=tuple(steps), elbo=tuple(tuple(row) for row in quantiles.tolist())),
     }

@@ -1,4 +1,4 @@
-"""Runs of static models: rows of images, drawn anew at every use, refined and learned from."""
+"""Runs of static models: rows of images, for a Bernoulli drawn anew at every use, refined and learned from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from training.checkpoint import load_static
 from training.config import RunConfig
 from training.data.batches import Batches
 from training.data.binarise import observe
-from training.data.catalogue import load
 from training.data.images import Images
 from training.data.masks import random_masks
 from training.run_loop import RunLoop
@@ -27,11 +26,11 @@ VALIDATION_SEED = 20180723
 
 
 class Trainer(RunLoop):
-    """One run of a static model. `batches` gives the rows of each update."""
+    """One run of a static model. `batches` gives the rows of each update; `images`: the run's data, where they are read already."""
 
-    def __init__(self, run: RunConfig, folder: Path, fabric: Fabric, data_root: str | None = None):
+    def __init__(self, run: RunConfig, folder: Path, fabric: Fabric, data_root: str | None = None, images: Images | None = None):
         self.run = run
-        self.images: Images = load(run.data.name, data_root)
+        self.images = run.data.load(data_root) if images is None else images
         self.static: LatentModel = build(run.architecture, seed=run.seed)
         before = 0
         if run.parent is not None:
@@ -42,13 +41,13 @@ class Trainer(RunLoop):
         self.epochs_before = before
         self.train_x = self._resident(self.images.train[: run.train_rows])
         self.valid_x = self._resident(self.images.valid[: run.validation_rows])
-        self.batches = Batches(self.train_x, run.batch_size, self.generators["order"], drop_last=run.compiled)
+        self.batches = Batches(self.train_x, min(run.batch_size, len(self.train_x)), self.generators["order"], drop_last=run.compiled)
         self.gradients = Gradients(self.static, run.refinement.steps, self._autocast, run.compiled, run.refinement.late)
 
     def update(self, index: Tensor) -> dict[str, Tensor]:
         """Draws x, mask and noise, adds up the gradients, steps both optimisers. `index`: rows of the training set."""
         run = self.run
-        x = observe(self.train_x[index], self.images.kind, self.generators["binarise"])
+        x = observe(self.train_x[index], self.images.kind, run.architecture.generative.likelihood, self.generators["binarise"])
         mask = self._masks(len(x)) if run.data.mask_probability else torch.ones_like(x)
         trace = self.gradients(x, mask, self._noise(len(x)), run.kl_weight(self.batches.epoch))
         self.step_optimisers(len(x))
@@ -78,7 +77,7 @@ class Trainer(RunLoop):
         sizes, refinement = self.static.generative.latent_sizes, self.run.refinement
         totals: list[float] = [0.0] * (refinement.steps + 1)
         for rows in self.valid_x.split(rows_at_once):
-            x = observe(rows, self.images.kind, generator)
+            x = observe(rows, self.images.kind, self.run.architecture.generative.likelihood, generator)
             mask = torch.ones_like(x)
 
             def draw(k: int, rows: int = len(x)) -> Noise:

@@ -27,7 +27,6 @@ from models.refinement import begin, refine_once
 from training.checkpoint import load_static
 from training.config import RunConfig
 from training.data.binarise import observe
-from training.data.catalogue import load
 from training.evaluate import BINARISE_SEED, MEASURE_SEED, REFINE_SEED, measured
 from training.export_files import ExportError, copy_files, new_version
 from training.quantise import NotQuantisable, to_int8
@@ -54,8 +53,9 @@ def offer_int8(
         ExportError: it costs more than MAX_COST_NATS, or there is nothing to change.
     """
     files = _write_programs(folder, card)
-    images = load(run.data.name, data_root)
-    x = observe(torch.as_tensor(images.valid[:rows]), images.kind, torch.Generator().manual_seed(BINARISE_SEED))
+    images = run.data.load(data_root)
+    generator = torch.Generator().manual_seed(BINARISE_SEED)
+    x = observe(torch.as_tensor(images.valid[:rows]), images.kind, run.architecture.generative.likelihood, generator)
     plain = {program: card.programs[program].files["onnx"] for program in CHOOSING if program in card.programs}
     float32, int8 = (nats(card, runners_of(folder, card, each), model, x, samples) for each in (plain, plain | files))
     cost = (float32 - int8).double()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shlex
 import signal
 import threading
 import time
@@ -313,10 +314,19 @@ class RunLoop(ABC):
         state = load_last(self.folder, self.device)
         if state is None:
             return False
-        if type(self.config).from_dict(json.loads(state["run"])) != self.config:
-            raise TrainingFailed(f"{self.folder} holds a run with another configuration: choose another --output, or remove it")
+        saved = type(self.config).from_dict(json.loads(state["run"]))
+        known, asked = saved.data.name, self.config.data.name
+        if known != asked:
+            again = f"--on {shlex.quote(known)}"
+            raise TrainingFailed(
+                f"{self.folder} was trained on {known}, not on {asked}: resume it with {again}, or choose another --output"
+            )
+        if saved != self.config:
+            raise TrainingFailed(
+                f"{self.folder} holds a run with another configuration: give its options again, choose another --output, or remove it"
+            )
         if state.get("data_sha256", self.data_sha256) != self.data_sha256:
-            raise TrainingFailed(f"{self.folder} was trained on another {self.config.data.name}: give the same --data, or another --output")
+            raise TrainingFailed(f"{self.folder} was trained on another {asked}: give the same --data and files, or another --output")
         self.model.load_state_dict(state["model"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])

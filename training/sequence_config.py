@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from models.architecture import FilterArchitecture
-from training.config import OptimiserConfig, RefinementConfig
+from training.config import OptimiserConfig, RefinementConfig, with_tuples
+from training.data.sequence_catalogue import FRAME_SIZE, STEPS_PER_BEAT, load_sequences
 from training.data.sequence_plan import Carried, Crops, Order, Whole
+from training.data.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,19 @@ class SequenceDataConfig:
             "whole": whole sequences.
         frames: of a crop or chunk (25 for music, 40 for speech, as published).
         transpose: about half of the pieces of music are shifted by up to so many semitones either way (columns of a piano roll).
+        frame_size: samples per frame of audio. steps_per_beat: frames per quarter note of `midi:FOLDER`.
     """
 
     name: str = "jsb"
     order: Literal["crops", "carried", "whole"] = "crops"
     frames: int = 25
     transpose: int = 0
+    frame_size: int = FRAME_SIZE
+    steps_per_beat: int = STEPS_PER_BEAT
+
+    def load(self, root: str | None = None) -> Sequences:
+        """Raises DataError, as `load_sequences` does."""
+        return load_sequences(self.name, root, frame_size=self.frame_size, steps_per_beat=self.steps_per_beat)
 
     def plan(self) -> Order:
         return {"crops": Crops, "carried": Carried}[self.order](self.frames) if self.order != "whole" else Whole()
@@ -87,8 +96,5 @@ class SequenceRunConfig:
     def from_dict(values: Mapping[str, Any]) -> SequenceRunConfig:
         """Rebuilds what `to_dict` wrote. Raises TypeError if a field is unknown."""
         parts = {"data": SequenceDataConfig, "refinement": RefinementConfig, "optimiser": OptimiserConfig}
-        built = {name: kind(**values[name]) for name, kind in parts.items()}
-        frozen = tuple(values.get("frozen", ()))
-        return SequenceRunConfig(
-            **{**values, **built, "frozen": frozen, "architecture": FilterArchitecture.from_dict(values["architecture"])}
-        )
+        built = {name: kind(**with_tuples(values[name])) for name, kind in parts.items()}
+        return SequenceRunConfig(**{**with_tuples(values), **built, "architecture": FilterArchitecture.from_dict(values["architecture"])})

@@ -18,7 +18,6 @@ from models.filtering import filter_sequence, random_noise
 from models.generative.filter import FilterState
 from training.data.ragged import Ragged
 from training.data.sequence_batches import ResidentSequences, SequenceBatch, SequenceBatches, evaluation_batches
-from training.data.sequence_catalogue import load_sequences
 from training.data.sequences import Sequences
 from training.run_loop import RunLoop
 from training.sequence_config import SequenceRunConfig
@@ -30,11 +29,13 @@ VALIDATION_SEED = 20181112
 
 
 class SequenceTrainer(RunLoop):
-    """One run of a sequence model. ELBOs in its log are nats per frame."""
+    """One run of a sequence model. ELBOs in its log are nats per frame. `sequences`: the run's data, where they are read already."""
 
-    def __init__(self, run: SequenceRunConfig, folder: Path, fabric: Fabric, data_root: str | None = None):
+    def __init__(
+        self, run: SequenceRunConfig, folder: Path, fabric: Fabric, data_root: str | None = None, sequences: Sequences | None = None
+    ):
         self.run = run
-        self.sequences = load_sequences(run.data.name, data_root)
+        self.sequences = run.data.load(data_root) if sequences is None else sequences
         self.filters: FilterModel = build_filter(run.architecture, seed=run.seed)
         take_statistics(self.filters, self.sequences)
         super().__init__(run, folder, fabric, self.filters, self.sequences.sha256)

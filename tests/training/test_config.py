@@ -54,3 +54,12 @@ def test_the_kl_weight_rises_linearly_to_one() -> None:
     assert [run.kl_weight(epoch) for epoch in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert replace(run, kl_warmup_epochs=0).kl_weight(0) == 1.0
     assert not math.isnan(run.kl_weight(0))
+
+
+def test_a_run_saved_before_its_data_had_sizes_is_read_with_those_it_had() -> None:
+    for name, fields in (("digits-tiny", ["shape"]), ("speech-own", ["frame_size", "steps_per_beat"])):
+        run = RUNS[name]()
+        values = json.loads(json.dumps(run.to_dict()))
+        for field in fields:
+            del values["data"][field]
+        assert type(run).from_dict(values) == run

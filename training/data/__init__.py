@@ -8,7 +8,7 @@
   still images
     catalogue.py   name -> where a set comes from and how it is read
     images.py      what `load` returns: uint8 rows with a train and a validation split
-    binarise.py    grey images -> 0/1 observations · masks.py  random masks for training with missing data
+    binarise.py    images -> observations, 0/1 or grey · masks.py  random masks for training with missing data
     batches.py     shuffled index batches whose position can be saved and restored exactly
 
   sequences

@@ -1,4 +1,4 @@
-"""Images as the Bernoulli likelihood wants them: 0.0 or 1.0.
+"""Images as the likelihood wants them: 0.0 or 1.0 for a Bernoulli, grey values in [0, 1] for any other.
 
 Dynamic binarisation (Burda et al. 2016): a pixel of value v is drawn Bernoulli(v / 255) anew at every use, in
 training and in evaluation alike. Thresholding at 0.5 and one fixed draw are other protocols, with other likelihoods.
@@ -35,6 +35,12 @@ def binarise(images: Tensor, generator: torch.Generator) -> Tensor:
     return (uniform < probability).float()
 
 
-def observe(images: Tensor, kind: Kind, generator: torch.Generator) -> Tensor:
-    """uint8 rows of an `Images` as observations x: grey ones drawn anew, binary ones as they are. float32 of 0 and 1."""
-    return binarise(images, generator) if kind == "grey" else images.float()
+def observe(images: Tensor, kind: Kind, likelihood: str, generator: torch.Generator) -> Tensor:
+    """uint8 rows of an `Images` as observations x, float32.
+
+    Binary ones are 0 and 1 as they are. Grey ones are drawn anew for a "bernoulli"; for the other likelihoods they are value / 255,
+    without a draw: then the levels lie 1/255 apart, which is the interval of models/likelihood.py's `QuantisedGaussian`.
+    """
+    if kind == "binary":
+        return images.float()
+    return binarise(images, generator) if likelihood == "bernoulli" else images.float() / 255

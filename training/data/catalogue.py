@@ -22,6 +22,7 @@ from training.data.readers.omniglot import read_omniglot_zip
 from training.data.sources import Found, Source, find_source
 
 TrainValid = tuple[Split, Split]
+SCHEMES = "folder:PATH or npz:PATH"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, shape: tuple[
     return _images(name, dataset.kind, dataset.shape, found.read(), found.sha256)
 
 
+def is_images(name: str) -> bool:
+    """Whether `name` is one that `load` takes."""
+    scheme, _, path = name.partition(":")
+    return name in CATALOGUE or (scheme in ("folder", "npz") and bool(path))
+
+
 def find(name: str, root: str | os.PathLike[str] | None = None) -> Found[TrainValid]:
     """The first complete source of a catalogued set, root by root.
 
@@ -78,7 +85,7 @@ def lookup(name: str) -> Dataset:
     try:
         return CATALOGUE[name]
     except KeyError:
-        raise DataError(f"unknown data set {name!r}: choose {', '.join(CATALOGUE)}, folder:PATH or npz:PATH") from None
+        raise DataError(f"unknown data set {name!r}: choose {', '.join(CATALOGUE)}, {SCHEMES}") from None
 
 
 def _images(name: str, kind: Kind, shape: tuple[int, int], splits: TrainValid, sha256: str) -> Images:

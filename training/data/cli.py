@@ -11,7 +11,7 @@ from training.data.catalogue import CATALOGUE, load, lookup
 from training.data.errors import DataError
 from training.data.fetch import fetch
 from training.data.files import ENVIRONMENT, roots
-from training.data.sequence_catalogue import SCHEMES, SEQUENCES, load_sequences
+from training.data.sequence_catalogue import SCHEMES, SEQUENCES, is_sequences, load_sequences
 from training.data.sources import Entry, find_source
 
 COLUMNS = "{:<16} {:>24} {:>9} {:<9} {:<39} {}"
@@ -81,7 +81,7 @@ def _fetch(name: str, folder: Path) -> None:
 
 
 def _check(name: str) -> int:
-    if name in SEQUENCES or name.partition(":")[0] in ("rolls", "audio", "midi"):
+    if is_sequences(name):
         _describe_sequences(name)
     else:
         _describe_images(name)

@@ -34,8 +34,8 @@ class Images:
 
     Attributes:
         name: as given to `load`.
-        kind: "grey": value / 255 is the probability of ink, to be drawn anew at each use (dynamic binarisation);
-            "binary": already 0 or 1.
+        kind: "grey": value / 255 is the intensity: of a Bernoulli the probability of ink, to be drawn anew at each use (dynamic
+            binarisation); "binary": already 0 or 1.
         shape: (height, width).
         train: (N, X) uint8.
         valid: (M, X) uint8.

@@ -62,13 +62,19 @@ def load_sequences(
         DataError: unknown, not found, or damaged; says which file, where it was looked for, and how to get it.
     """
     scheme, _, path = name.partition(":")
-    if scheme in ("rolls", "audio", "midi") and path:
+    if is_sequences(name) and path:
         return _load_path(name, scheme, Path(path).expanduser(), frame_size, steps_per_beat)
     entry, found = lookup_sequences(name), find_sequences(name, root)
     if entry.kind == "audio":
         return audio_sequences(name, found.read(), found.sha256, frame_size)
     make = binary_sequences if entry.kind == "binary" else real_sequences
     return make(name, found.read(), found.sha256, entry.description)
+
+
+def is_sequences(name: str) -> bool:
+    """Whether `name` is one that `load_sequences` takes."""
+    scheme, _, path = name.partition(":")
+    return name in SEQUENCES or (scheme in ("rolls", "audio", "midi") and bool(path))
 
 
 def find_sequences(name: str, root: str | os.PathLike[str] | None = None) -> Found[Parts]:

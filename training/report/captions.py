@@ -66,10 +66,11 @@ def race_table(data: Race) -> list[list[str]]:
     return [head, *rows]
 
 
-def strips(data: Strips, refinement: RefinementConfig, by_class: bool) -> str:
+def strips(data: Strips, refinement: RefinementConfig, by_class: bool, binarised: bool = True) -> str:
     which = f"{', '.join(map(str, data.rows))}" + (" (the first of each class)" if by_class else "")
+    drawn = ", binarised" if binarised else ""
     return (
-        f"Reconstructions E[x | z = μ] at the posterior mean after so many steps; last column: x, binarised. Validation rows {which}. "
+        f"Reconstructions E[x | z = μ] at the posterior mean after so many steps; last column: x{drawn}. Validation rows {which}. "
         f"Below: mean ELBO of these rows by {data.samples} fresh samples. Noise that drives the steps: {noise(refinement)}."
     )
 
@@ -95,6 +96,6 @@ def gradient_by_epoch(data: History, refinement: RefinementConfig) -> str:
 def elbo_by_epoch(data: History, direct: object = None) -> str:
     words = (
         f"ELBO on the validation rows by epoch, after 0, 1 and K = {data.trained_steps} refinement steps, as logged in training: one fresh "
-        "sample per row, the same binarisation and noise at every epoch. The earliest epochs may lie below the upper axis."
+        "sample per row, the same observations and noise at every epoch. The earliest epochs may lie below the upper axis."
     )
     return words if direct is None else f"{words} Dashed: a direct encoder ({direct}) with its own decoder."

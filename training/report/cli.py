@@ -13,7 +13,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--landscape", type=Path, metavar="CHECKPOINT", help="an iterative model with z = 2 (run mnist-landscape)")
     parser.add_argument("--direct", type=Path, metavar="CHECKPOINT", help="a direct model of the same data, to compare with")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to write (default: report/ in CHECKPOINT)")
-    parser.add_argument("--rows", type=int, default=500, help="validation rows of the race against optimisers (default 500)")
+    parser.add_argument(
+        "--rows", type=int, help="validation rows of the race against optimisers (default 500; half of what there is, if that is less)"
+    )
     parser.add_argument("--digit", type=int, default=0, metavar="ROW", help="validation row of the landscape (default 0)")
     parser.add_argument("--optimum", action="store_true", help="also search each row's optimum, a dotted line (minutes)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
@@ -32,14 +34,16 @@ def run(args: argparse.Namespace) -> int:
     from training.report.race import RaceEffort
     from training.report.subject import ReportError
 
-    if args.rows < 1 or args.digit < 0:
+    if (args.rows is not None and args.rows < 1) or args.digit < 0:
         raise ReportError(f"--rows {args.rows}, --digit {args.digit}: at least one row, and no negative digit")
     if args.threads:
         torch.set_num_threads(args.threads)
-    effort = Effort(RaceEffort(rows=args.rows, with_optimum=args.optimum), landscape_row=args.digit)
+    asked = {} if args.rows is None else {"rows": args.rows}
+    effort = Effort(RaceEffort(**asked, with_optimum=args.optimum), landscape_row=args.digit)
     folder = args.to or args.checkpoint / "report"
     if isinstance(load_weights(args.checkpoint)[0], FilterModel):
         print(write_filter_report(args.checkpoint, folder, args.data))
         return 0
-    print(Report(args.checkpoint, folder, z2=args.landscape, direct=args.direct, effort=effort, data_root=args.data).write())
+    companions = {"z2": args.landscape, "direct": args.direct}
+    print(Report(args.checkpoint, folder, **companions, effort=effort, fewer_rows=args.rows is None, data_root=args.data).write())
     return 0

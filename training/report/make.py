@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from training.data.catalogue import load
 from training.data.images import Images
 from training.report import captions, figures, style
 from training.report.history import history
@@ -53,7 +52,7 @@ class Made:
 
 
 class Report:
-    """The figures of one checkpoint, written to a folder.
+    """The figures of one checkpoint, written to a folder. `fewer_rows`: the effort's rows may be lowered to half of a small set's.
 
     Raises:
         ReportError: the checkpoint has no refinement steps to show, or a companion is not what its option says.
@@ -67,6 +66,7 @@ class Report:
         z2: Path | None = None,
         direct: Path | None = None,
         effort: Effort | None = None,
+        fewer_rows: bool = False,
         data_root: str | None = None,
         quiet: bool = False,
     ):
@@ -74,7 +74,9 @@ class Report:
         self.subject = Subject.load(checkpoint)
         self.z2 = Subject.load(z2) if z2 else None
         self.direct = Subject.load(direct) if direct else None
-        self.images: Images = load(self.subject.run.data.name, data_root)
+        self.images: Images = self.subject.run.data.load(data_root)
+        if fewer_rows:
+            self.effort = _within(self.effort, len(self.images.valid))
         self.made_by = made_by()
         self._refuse_misfits()
         self.entries: list[Entry] = []
@@ -87,7 +89,10 @@ class Report:
             )
         if self.direct and self.direct.model.inference.refines:
             raise ReportError(f"--direct {self.direct.folder} refines: a direct model is wanted")
-        if self.direct and self.direct.run.data.name != self.subject.run.data.name:
+        if self.direct and (self.direct.run.data.name, self.direct.run.data.shape) != (
+            self.subject.run.data.name,
+            self.subject.run.data.shape,
+        ):
             raise ReportError(f"--direct {self.direct.folder}: trained on {self.direct.run.data.name}, not on {self.subject.run.data.name}")
         if self.z2 and (self.z2.model.generative.latent_sizes != (2,) or not self.z2.model.inference.refines):
             raise ReportError(f"--landscape {self.z2.folder} must be an iterative model with one latent level of size 2")
@@ -125,15 +130,16 @@ class Report:
         refinement = self.subject.run.refinement
         refiner = Refiner(self.subject.model, self.subject.model.inference, refinement)
         data = strips(refiner, self._rows(max(rows) + 1)[rows], rows, self.images.shape)
-        words = captions.strips(data, refinement, self.images.valid_labels is not None)
+        binarised = self.subject.run.architecture.generative.likelihood == "bernoulli"
+        words = captions.strips(data, refinement, self.images.valid_labels is not None, binarised)
         numbers = {"steps": data.steps, "rows": data.rows, "elbo": data.elbo, "samples": data.samples}
         return Made("Reconstructions by step", words, figures.reconstruction_strips(data), numbers)
 
     def _landscape(self) -> Made:
         assert self.z2 is not None
         run, row = self.z2.run, self.effort.landscape_row
-        images = load(run.data.name, self.data_root)
-        x = validation_rows(images, row + 1 + LANDSCAPE_TUNING_ROWS, _device(self.z2))
+        images = run.data.load(self.data_root)
+        x = validation_rows(images, row + 1 + LANDSCAPE_TUNING_ROWS, run.architecture.generative.likelihood, _device(self.z2))
         tuning = x[row + 1 :]
         if not len(tuning):
             raise ReportError(f"--digit {row}: {run.data.name} has {len(images.valid)} validation rows, and some must follow the digit")
@@ -176,7 +182,7 @@ class Report:
     # files -------------------------------------------------------------------------------------------------
 
     def _rows(self, count: int) -> Tensor:
-        return validation_rows(self.images, count, _device(self.subject))
+        return validation_rows(self.images, count, self.subject.run.architecture.generative.likelihood, _device(self.subject))
 
     def _write(self, name: str, made: Made) -> None:
         png = style.save(made.figure, self.folder / f"{name}.png")
@@ -200,6 +206,10 @@ class Report:
 
     def _origin(self) -> str:
         return f"{self.subject}; commit {self.made_by['commit']}; {self.made_by['date']}"
+
+
+def _within(effort: Effort, valid: int) -> Effort:
+    return replace(effort, race=replace(effort.race, rows=max(1, min(effort.race.rows, valid // 2))))
 
 
 def _finite(value: Any) -> Any:

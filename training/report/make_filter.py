@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from training.checkpoint import load_filter
-from training.data.sequence_catalogue import load_sequences
 from training.report import style
 from training.report.filtering import FramesSeen, Gains, frames_seen, gains
 from training.report.page import Entry, page
@@ -26,7 +25,7 @@ BAND = "#D55E00"
 def write_filter_report(checkpoint: Path, folder: Path, data_root: str | None = None) -> Path:
     """Writes the PNGs, report.json and index.html; the path of the page."""
     model, run, facts = load_filter(checkpoint)
-    sequences = load_sequences(run.data.name, data_root)
+    sequences = run.data.load(data_root)
     steps = run.refinement.steps if model.inference.refines else 0
     folder.mkdir(parents=True, exist_ok=True)
     origin = made_by()

@@ -84,10 +84,10 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return [entries[epoch] for epoch in sorted(entries)]
 
 
-def validation_rows(images: Images, count: int, device: torch.device) -> Tensor:
+def validation_rows(images: Images, count: int, likelihood: str, device: torch.device) -> Tensor:
     """The first `count` validation rows as x (B, X): binarised with the seed of `elbow-train evaluate`, so they are the same rows."""
     pixels = torch.as_tensor(images.valid[:count]).to(device)
-    return observe(pixels, images.kind, torch.Generator(device).manual_seed(BINARISE_SEED))
+    return observe(pixels, images.kind, likelihood, torch.Generator(device).manual_seed(BINARISE_SEED))
 
 
 def one_row_per_class(images: Images, count: int) -> list[int]:

@@ -16,6 +16,8 @@ RUNS: dict[str, Callable[[], RunConfig | SequenceRunConfig]] = {
     "mnist-iterative-late": mnist.mnist_iterative_late,
     "mnist-landscape": mnist.mnist_landscape,
     "digits-tiny": mnist.digits_tiny,
+    "digits-masked": mnist.digits_masked,
+    "digits-grey": mnist.digits_grey,
     **music.runs(),
     **speech.runs(),
 }

@@ -89,6 +89,25 @@ def mnist_direct_polished() -> RunConfig:
     return _polished(mnist_direct_short(), "mnist-direct-polished", epochs=20)
 
 
+def digits_masked() -> RunConfig:
+    """`digits-tiny` with a part of every other digit hidden, and a refiner that is told which: for filling in what a client lacks."""
+    run = digits_tiny()
+    inference = IterativeArchitecture(encodings=ENCODINGS, hidden=(128, 128), encode_mask=True)
+    return replace(
+        run,
+        name="digits-masked",
+        architecture=replace(run.architecture, inference=inference),
+        data=replace(run.data, mask_probability=0.5),
+    )
+
+
+def digits_grey() -> RunConfig:
+    """`digits-tiny` on grey digits: the mass of the interval of 1/255 around each level instead of draws of 0 and 1."""
+    run = digits_tiny()
+    generative = replace(run.architecture.generative, likelihood="quantised_gaussian")
+    return replace(run, name="digits-grey", architecture=replace(run.architecture, generative=generative))
+
+
 def mnist_landscape() -> RunConfig:
     """z = 2, 16 steps: small enough to draw L(μ) of one digit as a landscape with the path of λ on it (Marino 2018, Fig. 3)."""
     run = mnist_iterative_short()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.likelihood import LIKELIHOODS, QuantisedGaussian
 from training.data import load
 from training.data.binarise import binarise, observe
 
@@ -46,5 +47,22 @@ def test_integers_that_are_not_bytes_are_refused(generator: torch.Generator) -> 
 
 def test_binary_images_are_observed_as_they_are(device: torch.device, generator: torch.Generator) -> None:
     images = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8, device=device)
-    assert torch.equal(observe(images, "binary", generator), images.float())
-    assert observe(255 * images, "grey", generator).equal(images.float())
+    for likelihood in LIKELIHOODS:
+        assert torch.equal(observe(images, "binary", likelihood, generator), images.float())
+
+
+def test_grey_images_are_drawn_for_a_bernoulli_and_intensities_for_the_others(device: torch.device, generator: torch.Generator) -> None:
+    levels = torch.arange(256, dtype=torch.uint8, device=device)
+    assert set(observe(levels, "grey", "bernoulli", generator).unique().tolist()) == {0.0, 1.0}
+    before = generator.get_state()
+    for likelihood in ("gaussian", "quantised_gaussian"):
+        assert torch.equal(observe(levels, "grey", likelihood, generator), levels.float() / 255)
+    assert torch.equal(generator.get_state(), before), "nothing is drawn"
+
+
+def test_the_levels_of_grey_lie_one_interval_of_the_quantised_gaussian_apart(generator: torch.Generator) -> None:
+    """So the masses of all 256 levels add up to 1, where hardly any lies below 0 or above 1."""
+    levels = observe(torch.arange(256, dtype=torch.uint8), "grey", "quantised_gaussian", generator)[:, None]
+    likelihood = QuantisedGaussian(torch.full((256, 1, 1), 0.5), torch.full((256, 1, 1), -3.0))
+    mass = likelihood.log_prob(levels, torch.ones_like(levels)).double().exp().sum()
+    assert abs(float(mass) - 1) < 1e-5

@@ -23,7 +23,7 @@ def subject(trained: Callable[[str], Path]) -> Subject:
 
 @pytest.fixture
 def x(subject: Subject) -> Tensor:
-    return validation_rows(load(subject.run.data.name), 6, torch.device("cpu"))
+    return validation_rows(load(subject.run.data.name), 6, "bernoulli", torch.device("cpu"))
 
 
 def test_the_grid_holds_log_p_of_x_and_z_with_z1_along_the_second_axis(subject: Subject, x: Tensor) -> None:

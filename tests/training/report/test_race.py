@@ -23,7 +23,7 @@ def subject(trained: Callable[[str], Path]) -> Subject:
 
 @pytest.fixture
 def x(subject: Subject) -> Tensor:
-    return validation_rows(load(subject.run.data.name), 24, torch.device("cpu"))
+    return validation_rows(load(subject.run.data.name), 24, "bernoulli", torch.device("cpu"))
 
 
 def test_the_learned_trace_rises_from_the_prior(subject: Subject, x: Tensor, small_effort: Effort) -> None:

@@ -16,7 +16,7 @@ from training.report.subject import Subject, one_row_per_class, validation_rows
 
 def test_columns_are_decoded_posterior_means_and_the_reconstruction_gets_closer(trained: Callable[[str], Path]) -> None:
     subject = Subject.load(trained("iterative"))
-    x = validation_rows(load(subject.run.data.name), 5, torch.device("cpu"))
+    x = validation_rows(load(subject.run.data.name), 5, "bernoulli", torch.device("cpu"))
     refiner = Refiner(subject.model, subject.model.inference, subject.run.refinement)
     data = strips(refiner, x, range(5), (28, 28), wanted=(0, 1, 3))
     assert data.means.shape == (5, 3, 784)
