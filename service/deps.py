@@ -43,7 +43,7 @@ class Scheduling(Protocol):
         ...
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new jobs, finishes what it can in time, answers the rest with ShuttingDown."""
+        """Refuses new jobs, finishes what it can in time, answers the rest with ShuttingDown. Called again, it can only end earlier."""
         ...
 
     def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
@@ -101,7 +101,6 @@ class Server:
     statistics: Statistics = field(default_factory=Statistics)
     sequences: Sequences = field(init=False)
     _shapers: dict[str, Shaper] = field(default_factory=dict)
-    _stopping: asyncio.Future[None] | None = None
 
     def __post_init__(self) -> None:
         self.sequences = Sequences(self.limits.max_sequences, self.limits.stream_idle_s, self.clock)
@@ -141,11 +140,9 @@ class Server:
         await asyncio.gather(*(connection.drain() for connection in list(self.connections)), return_exceptions=True)
 
     async def stop(self, grace_s: float) -> None:
-        """Stops the scheduler, once, however many ask; returns when it has stopped."""
-        if self._stopping is None:
-            self.draining = self.refusing = True
-            self._stopping = asyncio.ensure_future(self.scheduler.stop(grace_s))
-        await asyncio.shield(self._stopping)
+        """Stops the scheduler; returns when it has stopped. Who asks again may leave it less time, never more."""
+        self.draining = self.refusing = True
+        await asyncio.shield(self.scheduler.stop(grace_s))
 
 
 def server_of(connection: HTTPConnection) -> Server:

@@ -1,18 +1,20 @@
 """The process: uvicorn around the application, with guarded connections, TLS, and a way out in bounded time.
 
     SIGTERM ─► unready at once, replies end their connections ─► drain_delay_s, still serving ─► nothing new: 503 ─►
-    streams get their tokens, requests their answers, within drain_s ─► connections closed ─► exit
+    streams get their tokens, then requests their answers, both within one drain_s ─► connections closed ─► exit
 
-A second signal cuts every wait short.
+A second signal, SIGTERM or SIGINT, cuts every wait short: what is not done by then is answered with 503.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -26,8 +28,8 @@ from service.telemetry import LOG, Metrics
 REPLY_S = 2
 """After the scheduler has stopped, for the last replies to leave."""
 LAST_S = 0.2
-"""After the listeners have closed, for requests of connections taken in the last instant to be read and refused."""
-LOOK_S = 0.05
+"""After the listeners have closed, for connections taken in the last instant: for TLS handshakes, then for requests to be refused."""
+LOOK_S = 0.1
 
 
 class DrainingServer(uvicorn.Server):
@@ -41,12 +43,20 @@ class DrainingServer(uvicorn.Server):
         server: Server = self._app.state.server
         server.draining = True
         LOG.info("draining", extra={"delay_s": self._settings.drain_delay_s, "drain_s": self._settings.drain_s})
-        await self._sleep(self._settings.drain_delay_s)
+        await self._wait(asyncio.sleep(self._settings.drain_delay_s))
         server.refusing = True
-        await server.hand_over_streams()
-        await server.stop(self._settings.drain_s)  # the listeners stay open: who comes late is told so
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._settings.drain_s
+        await self._wait(server.hand_over_streams())
+        await self._wait(server.stop(max(0.0, until - loop.time())))  # the listeners stay open: who comes late is told so
+        if self.force_exit:
+            await server.stop(0.0)  # nobody is left unanswered
         await self._take_the_last()
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.force_exit or self.should_exit  # uvicorn lets only SIGINT hurry
+        super().handle_exit(sig, frame)
 
     async def _take_the_last(self) -> None:
         """Ends listening; whoever has connected by then is still let in, to be refused in words.
@@ -55,29 +65,39 @@ class DrainingServer(uvicorn.Server):
         iteration, too seldom under load; so a second handle on each listener accepts all there is, and is closed in the same breath.
         """
         loop = asyncio.get_running_loop()
+        taken: list[socket.socket] = []
         for server in self.servers:
             handles = [socket.socket(fileno=os.dup(listener.fileno())) for listener in server.sockets]
             server.close()
             for handle in handles:
                 handle.setblocking(False)
                 with handle:
-                    taken = list(_waiting_at(handle))
-                for connection in taken:
-                    await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
-        await self._sleep(LAST_S)
+                    taken += _waiting_at(handle)
+        tls = self.config.ssl
+        letting_in = [
+            loop.connect_accepted_socket(self._protocol, connection, ssl=tls, ssl_handshake_timeout=LAST_S if tls else None)
+            for connection in taken
+        ]
+        await asyncio.gather(*letting_in, return_exceptions=True)  # whose handshake fails, or does not come, concerns nobody else
+        await self._wait(asyncio.sleep(LAST_S))
 
     def _protocol(self) -> asyncio.Protocol:
         kind: Any = self.config.http_protocol_class
         protocol: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
         return protocol
 
-    async def _sleep(self, seconds: float) -> None:
-        until = asyncio.get_running_loop().time() + seconds
-        counter = 0
-        while (left := until - asyncio.get_running_loop().time()) > 0 and not self.force_exit:
-            counter += 1
+    async def _wait(self, awaited: Coroutine[Any, Any, None]) -> None:
+        """Waits until it is done, or another signal comes; it has one look's time in any case."""
+        task = asyncio.ensure_future(awaited)
+        for counter in itertools.count():
             await self.on_tick(counter)  # keeps the Date header right
-            await asyncio.sleep(min(left, 2 * LOOK_S))
+            await asyncio.wait({task}, timeout=LOOK_S)
+            if task.done():
+                return task.result()
+            if self.force_exit:
+                break
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _waiting_at(listener: socket.socket) -> Iterator[socket.socket]:

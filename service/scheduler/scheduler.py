@@ -84,7 +84,7 @@ class Scheduler:
     async def stop(self, grace_s: float) -> None:
         """Refuses new jobs, finishes what it can within `grace_s` seconds and answers the rest with ShuttingDown.
 
-        Elastic rows that had a step give up the others (`degraded`).
+        Elastic rows that had a step give up the others (`degraded`). Called again, it may end earlier, never later.
         """
         self._begin_stop(grace_s)
         if self._thread is not None:
@@ -296,7 +296,7 @@ class Scheduler:
     def _begin_stop(self, grace_s: float) -> None:
         with self._door:
             self._stopping = True
-            self._stop_at = self._clock() + grace_s
+            self._stop_at = min(self._stop_at, self._clock() + grace_s)
         for lane in self._running:
             lane.draining = True
         self._wake.set()
