@@ -114,7 +114,10 @@ async def events(request: Request, server: Server, model: ServedModel, job: Job,
             while event is not None:
                 yield _frame("step", show.step(event))
                 event = await told.get()
-            yield _frame("done", show.result(await running))
+            result = await running
+            last = _frame("done", show.result(result))
+            server.scheduler.replied(job, result)
+            yield last
         except ElbowError as exc:  # the status line is long gone: the error travels as an event
             server.metrics.refused(exc.code, request.scope["call"], ended=STATUS[type(exc)])
             yield _frame("error", problem(exc, instance=request.url.path, request_id=request.scope["request_id"]))
