@@ -30,6 +30,11 @@ from service.telemetry import Call, Metrics
 class Scheduling(Protocol):
     """The scheduler, as routes see it."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether anything is worked on, or was until it was told to stop."""
+        ...
+
     async def submit(self, job: Job) -> JobResult:
         """The job's result; cancelling the call frees its rows at the next tick. Raises ElbowError."""
         ...

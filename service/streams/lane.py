@@ -137,10 +137,8 @@ class StreamLane:
                 self._run(streams, steps, predicts)
             except Exception as exc:
                 _LOG.exception("a frame of %d streams of %s failed", len(streams), self.key)
-                failure = BackendFailure(f"the engine failed on {self.key}: {exc}")
-                failure.__cause__ = exc
                 for stream in streams:
-                    self._fail(stream, failure)
+                    self._fail(stream, self._failure(exc))
 
     def fail_all(self, error: Exception) -> None:
         self._collect()
@@ -202,7 +200,13 @@ class StreamLane:
     def _without_frames(self, stream: Stream) -> None:
         """Finishes the portions in front that have no frame left: markers, snapshots, bytes that completed none."""
         while stream.portions and stream.portions[0].done == len(stream.portions[0].x):
-            self._finish(stream, stream.portions.popleft())
+            try:
+                self._finish(stream, stream.portions[0])
+            except Exception as exc:  # the portion is still in line: it is answered with the failure, as those behind it
+                _LOG.exception("the state of a stream of %s could not be read", self.key)
+                self._fail(stream, self._failure(exc))
+                return
+            stream.portions.popleft()
         if not stream.portions:
             self._ready.discard(stream)
 
@@ -214,6 +218,11 @@ class StreamLane:
             rows = self.engine.read_rows(np.array([stream.slot], np.intp), self._state)
             portion.state = {name: value[0].copy() for name, value in rows.items()}
         self._out.append(portion)
+
+    def _failure(self, cause: Exception) -> BackendFailure:
+        failure = BackendFailure(f"the engine failed on {self.key}: {cause}")
+        failure.__cause__ = cause
+        return failure
 
     def _fail(self, stream: Stream, error: Exception | None) -> None:
         stream.failed = error
