@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -24,6 +25,11 @@ from service.streams.stream import Portion, Stream
 
 async def filter_frames(request: Request) -> Response:
     """Stateless: the frames in the body, from the state in the body, and the next state back."""
+    with server_of(request).account(caller_of(request)) as charge:
+        return await _filtered(request, charge)
+
+
+async def _filtered(request: Request, charge: Callable[[float], None]) -> Response:
     server = server_of(request)
     began = server.clock()
     model = model_of(request, "filter")
@@ -37,7 +43,7 @@ async def filter_frames(request: Request) -> Response:
         return chosen, read_frames(body, chosen, server.tokens, key_id, server.limits.max_rows)
 
     model, frames = await in_worker_if_large(len(raw), prepare)
-    server.charge(caller_of(request), len(frames.x) * (1 + frames.settings["steps"]))
+    charge(len(frames.x) * (1 + frames.settings["steps"]))
     lane = server.scheduler.stream_lane(model.key)
     done: asyncio.Future[Portion] = asyncio.get_running_loop().create_future()
     stream = Stream(spec_of(frames.settings, 0.0, frames.snapshot), settle(done), asyncio.get_running_loop())
