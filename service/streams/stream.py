@@ -49,7 +49,7 @@ class Portion:
         x, mask: (n, X); mask None = all observed.
         wants_state: the stream's state after the portion is to be read. about: whatever the connection wants to find again.
         elbo, log_likelihood, kl: nats, one per frame done. steps_used: likewise. shown: per frame, the arrays asked for.
-        noise: (frames left, uses, S, D) from frame `noise_from` on, made when the first one's turn comes.
+        noise: (frames, uses, S, D) of some frames from `noise_from` on, made when the first one's turn comes.
         state: after the portion, if wanted. error: instead of all this.
     """
 
