@@ -6,14 +6,15 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from starlette.requests import HTTPConnection, Request
 
 from service.browser_tokens import BrowserTokens
-from service.errors import InvalidInput
+from service.errors import ElbowError, InvalidInput
 from service.jobs import Limits
 from service.keys import ANYBODY, Caller, KeyRing
 from service.oip.sequences import Sequences
@@ -29,6 +30,11 @@ from service.telemetry import Call, Metrics
 
 class Scheduling(Protocol):
     """The scheduler, as routes see it."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether anything is worked on, or was until it was told to stop."""
+        ...
 
     async def submit(self, job: Job) -> JobResult:
         """The job's result; cancelling the call frees its rows at the next tick. Raises ElbowError."""
@@ -133,6 +139,22 @@ class Server:
         """Gives back what was charged for and not done."""
         if caller.quota is not None:
             caller.quota.charge(-work)
+
+    @contextmanager
+    def account(self, caller: Caller) -> Iterator[Callable[[float], None]]:
+        """Gives what takes so many row-steps, as `charge`; all is given back if what is inside ends in a refusal or a failure."""
+        taken = 0.0
+
+        def charge(work: float) -> None:
+            nonlocal taken
+            self.charge(caller, work)
+            taken += work
+
+        try:
+            yield charge
+        except ElbowError:
+            self.refund(caller, taken)
+            raise
 
     async def hand_over_streams(self) -> None:
         """Every live stream gets its token and is closed; new ones are refused from now on."""

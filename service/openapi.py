@@ -39,10 +39,10 @@ def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], l
         paths |= _model_paths(model, f"/v1/models/{version}", limits) | _oip_paths(model, f"/v2/models/{version}", limits)
     paths["/v1/models"] = {"get": _get("models", "The models served here.", tag="models")}
     paths |= oip.server_paths()
-    for path, summary in (("/livez", "The process runs."), ("/readyz", "Models are loaded and work is taken.")):
+    for path, summary in (("/livez", "The process works."), ("/readyz", "Models are loaded and work is taken.")):
         probe = _get("health", summary, tag="health")
-        if path == "/readyz":
-            probe["responses"]["503"] = probe["responses"]["200"] | {"description": "Not ready: no model is loaded, or the server leaves."}
+        why = "Not ready: no model is loaded, or the server leaves." if path == "/readyz" else "The engine thread has ended: start it anew."
+        probe["responses"]["503"] = probe["responses"]["200"] | {"description": why}
         paths[path] = {"get": probe | {"security": []}}
     paths["/v1/token"] = {"post": _token()}
     text: Json = {"200": {"description": "text"}}

@@ -205,4 +205,4 @@ def _observe(server: Server, model: ServedModel, job: Job, result: JobResult) ->
     if result.trace is not None:
         gain = sum(trace[-1] - trace[0] for trace in result.trace) / rows
         if math.isfinite(gain):
-            seen.elbo_gain.observe(gain)
+            seen.gained(gain)

@@ -169,9 +169,14 @@ class ModelMetrics:
     steps_used: Series
     negative_elbo: Series
     elbo_gain: Series
+    elbo_loss: Series
     elbo_quantile: Series
     deadline_missed: Counter
     rows_in_flight: Gauge
+
+    def gained(self, nats: float) -> None:
+        """What steps were worth, of either sign."""
+        (self.elbo_gain if nats >= 0 else self.elbo_loss).observe(abs(nats))
 
 
 _COUNTED = {
@@ -262,7 +267,14 @@ class Metrics:
         )
         self.elbo_gain = Histogram(
             "elbow_elbo_gain_nats",
-            "What the steps of a row were worth: its ELBO at the end less that before the first step, where both were measured.",
+            "What the steps of a row were worth: its ELBO at the end less that before the first step, if both were measured and it rose.",
+            model,
+            buckets=_GAIN_NATS,
+            registry=self.registry,
+        )
+        self.elbo_loss = Histogram(
+            "elbow_elbo_loss_nats",
+            "What the steps of a row cost where its ELBO fell: apart from the gains, because a sum of both would fall, as no counter may.",
             model,
             buckets=_GAIN_NATS,
             registry=self.registry,

@@ -25,8 +25,8 @@ def server_paths() -> Json:
     named = {"type": "object", "required": ["name", "version", "extensions"]}
     return {
         "/v2": {"get": _get("Name, version and extensions of the server.", named, {})},
-        "/v2/health/live": {"get": _get("The process runs.", {"type": "object", "required": ["live"]}, {})},
-        "/v2/health/ready": {"get": _get("Models are loaded and work is taken.", {"type": "object", "required": ["ready"]}, _not_ready())},
+        "/v2/health/live": {"get": _get("The process works.", {"type": "object", "required": ["live"]}, _not("live"))},
+        "/v2/health/ready": {"get": _get("Models are loaded and work is taken.", {"type": "object", "required": ["ready"]}, _not("ready"))},
         "/v2/models": {"get": _get("Names of the models.", {"type": "object", "required": ["models"]}, {})},
         "/v2/models/stats": {"get": _get("Counters of every model.", _statistics(), {})},
     }
@@ -128,5 +128,5 @@ def _get(summary: str, schema: Json, others: Json) -> Json:
     return {"summary": summary, "tags": [TAG], "responses": {"200": ok, **others}}
 
 
-def _not_ready() -> Json:
-    return {"503": {"description": "not ready", "content": {"application/json": {"schema": {"type": "object", "required": ["ready"]}}}}}
+def _not(what: str) -> Json:
+    return {"503": {"description": f"not {what}", "content": {"application/json": {"schema": {"type": "object", "required": [what]}}}}}

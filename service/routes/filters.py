@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -23,6 +24,11 @@ from service.submission import filter_alone
 
 async def filter_frames(request: Request) -> Response:
     """Stateless: the frames in the body, from the state in the body, and the next state back."""
+    with server_of(request).account(caller_of(request)) as charge:
+        return await _filtered(request, charge)
+
+
+async def _filtered(request: Request, charge: Callable[[float], None]) -> Response:
     server = server_of(request)
     began = server.clock()
     model = model_of(request, "filter")
@@ -36,7 +42,7 @@ async def filter_frames(request: Request) -> Response:
         return chosen, read_frames(body, chosen, server.tokens, key_id, server.limits.max_rows)
 
     model, frames = await in_worker_if_large(len(raw), prepare)
-    server.charge(caller_of(request), len(frames.x) * (1 + frames.settings["steps"]))
+    charge(len(frames.x) * (1 + frames.settings["steps"]))
     portion = await filter_alone(request, server, server.scheduler.stream_lane(model.key), frames)
     return replies.json_response(_reply(server, model, portion, frames, key_id, began))
 

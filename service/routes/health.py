@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from service.deps import server_of
+from service.deps import Server, server_of
 from service.replies import json_response
 from service.telemetry import METRICS_CONTENT_TYPE
 
@@ -24,26 +24,37 @@ refinement <code>steps</code> they are worth.</p>
 """
 
 
+def live_response(server: Server) -> Response:
+    response = json_response({"live": server.scheduler.alive})
+    response.status_code = 200 if server.scheduler.alive else 503
+    return response
+
+
 async def live(request: Request) -> Response:
+    """503 when the engine thread has ended by itself: the process answers, and will never work again."""
     request.scope["call"].endpoint = "livez"
-    return json_response({"live": True})
+    return live_response(server_of(request))
+
+
+def is_ready(server: Server) -> bool:
+    """Whether what comes now is worked on."""
+    return bool(server.repository.all()) and server.scheduler.alive and not server.draining
 
 
 async def ready(request: Request) -> Response:
-    """200 while at least one model is served and the server is not draining; the artifacts that were refused are listed."""
+    """200 while at least one model is served, by a live engine thread, and the server is not draining; lists the artifacts refused."""
     request.scope["call"].endpoint = "readyz"
     server = server_of(request)
     models = [model.key for model in server.repository.all()]
-    is_ready = bool(models) and not server.draining
-    response = json_response({"ready": is_ready, "models": models, "failed": server.repository.failures})
-    response.status_code = 200 if is_ready else 503
+    response = json_response({"ready": is_ready(server), "models": models, "failed": server.repository.failures})
+    response.status_code = 200 if is_ready(server) else 503
     return response
 
 
 async def metrics(request: Request) -> Response:
     request.scope["call"].endpoint = "metrics"
     server = server_of(request)
-    server.metrics.ready.set(bool(server.repository.all()) and not server.draining)
+    server.metrics.ready.set(is_ready(server))
     return Response(server.metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
 

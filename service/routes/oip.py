@@ -16,6 +16,7 @@ from service.oip.requests import named_model
 from service.replies import json_response
 from service.repository import ServedModel
 from service.routes import oip_infer
+from service.routes.health import is_ready, live_response
 
 
 async def server_metadata(request: Request) -> Response:
@@ -25,15 +26,14 @@ async def server_metadata(request: Request) -> Response:
 
 async def live(request: Request) -> Response:
     request.scope["call"].endpoint = "v2-health"
-    return json_response({"live": True})
+    return live_response(server_of(request))
 
 
 async def ready(request: Request) -> Response:
     request.scope["call"].endpoint = "v2-health"
-    server = server_of(request)
-    is_ready = bool(server.repository.all()) and not server.draining
-    response = json_response({"ready": is_ready})
-    response.status_code = 200 if is_ready else 503
+    ready = is_ready(server_of(request))
+    response = json_response({"ready": ready})
+    response.status_code = 200 if ready else 503
     return response
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,8 @@ async def infer(request: Request, model: ServedModel) -> Response:
             received = await receive(request, server.limits.max_body_bytes)
             asked = await in_worker_if_large(received.work, partial(ask, received, model.card, server.limits.max_body_bytes))
         if model.card.family == "filter":
-            outputs, parameters = await _filter(request, server, model, asked, received, measured)
+            with server.account(caller_of(request)) as charge:
+                outputs, parameters = await _filter(request, server, model, asked, received, measured, charge)
         else:
             outputs, parameters = await _static(request, server, model, asked, received, measured, arrival)
         with server.statistics.timed(measured, "compute_output"):
@@ -83,7 +84,15 @@ async def _static(
     return outputs, parameters
 
 
-async def _filter(request: Request, server: Server, model: ServedModel, asked: Asked, received: Received, measured: Measured) -> Outputs:
+async def _filter(
+    request: Request,
+    server: Server,
+    model: ServedModel,
+    asked: Asked,
+    received: Received,
+    measured: Measured,
+    charge: Callable[[float], None],
+) -> Outputs:
     key_id, control = key_id_of(request), asked.control
     columns = chosen(outputs_of(model, asked.method), asked.inference.outputs, "outputs")
     name = None
@@ -103,7 +112,7 @@ async def _filter(request: Request, server: Server, model: ServedModel, asked: A
 
     with server.statistics.timed(measured, "compute_input"):
         model, body, frames = await in_worker_if_large(received.work, prepare)
-    server.charge(caller_of(request), len(frames.x) * (1 + frames.settings["steps"]))
+    charge(len(frames.x) * (1 + frames.settings["steps"]))
     began = server.clock()
     if name is None:
         portion = await filter_alone(request, server, server.scheduler.stream_lane(model.key), frames)

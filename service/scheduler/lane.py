@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from service.engine.base import Engine
@@ -65,14 +65,14 @@ class Lane(Protocol):
         ...
 
 
-def choose(lanes: Sequence[Lane]) -> Lane | None:
+def choose(lanes: Sequence[Lane], urgency: Callable[[Lane], float]) -> Lane | None:
     """The lane to serve next: earliest deadline, then least recently served; none is passed over more than `PATIENCE` times."""
     ready = [lane for lane in lanes if lane.has_work()]
     if not ready:
         return None
     if len(ready) == 1:
         return ready[0]
-    chosen = min(ready, key=lambda lane: (lane.passed_over < PATIENCE, lane.urgency(), lane.last_served))
+    chosen = min(ready, key=lambda lane: (lane.passed_over < PATIENCE, urgency(lane), lane.last_served))
     for lane in ready:
         lane.passed_over += 1
     chosen.passed_over = 0

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from service.engine.base import Engine
-from service.errors import BackendFailure, InvalidInput, Overloaded, ShuttingDown, UnknownModel
+from service.errors import BackendFailure, ElbowError, InvalidInput, Overloaded, ShuttingDown, UnknownModel
 from service.scheduler.job import Job, JobResult
 from service.scheduler.lane import Answer, Lane, choose
 from service.scheduler.queue import Ticket
@@ -25,6 +25,8 @@ from service.scheduler.warm_up import warm_up
 from service.streams.lane import StreamCounts, StreamLane
 
 _LOG = logging.getLogger("elbow.scheduler")
+_AFTER_FAULT_S = 0.05
+"""The engine thread's pause after an exception that no lane owned up to, so that one that comes back at once does not fill the log."""
 _LARGEST_SHARE = 4
 """A job weighs at most 1/4 of the waiting line, however many rows it has: it trickles in, and must not close the door to others."""
 
@@ -71,6 +73,9 @@ class Scheduler:
         self._ticks = 0
         self._held: list[Answer] = []
         """Answers that will be handed over when the engine next runs for long."""
+        self._ended: ElbowError | None = None
+        """Why nothing is worked on any more: what everybody is answered who comes yet."""
+        self._ending = threading.Lock()
 
     # Life.
 
@@ -92,8 +97,13 @@ class Scheduler:
         else:
             self.drain()
         for lane in self._running:
-            lane.engine.close()
+            _close(lane)
         self._running, self._lanes, self._stream_lanes = [], {}, {}
+
+    @property
+    def alive(self) -> bool:
+        """False when the engine thread has ended though nobody stopped it: only a fresh process helps."""
+        return self._ended is None or self._stopping
 
     def drain(self) -> None:
         """Ticks until there is nothing left to do, or until the grace of `stop` is over."""
@@ -113,7 +123,7 @@ class Scheduler:
         static: StaticLane | None = None
         streams: StreamLane | None = None
         if engine.card.family == "filter":
-            streams = StreamLane(key, engine, self._clock, self._streams, self._wake.set)
+            streams = StreamLane(key, engine, self._clock, self._streams, self._awake)
             streams.warm_up()
         else:
             static = self._lane(key, engine, self._clock, self._slots, self._tick_s, self._reply_s, self._max_wait_s)
@@ -169,8 +179,7 @@ class Scheduler:
     def check_door(self, key: str) -> None:
         """Raises Overloaded or ShuttingDown if any job for `key` would be refused now: asked before its body is read and parsed."""
         lane = self._lanes.get(key)
-        if self._stopping:
-            raise ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s)
+        self._refuse_if_over()
         if lane is not None:
             self._refuse_if_full(lane, 1)
 
@@ -197,7 +206,7 @@ class Scheduler:
     def tick(self) -> bool:
         """One tick of the lane whose turn it is; False if there was nothing to do. On the engine thread only."""
         self._close_retired()
-        lane = choose(self._running)
+        lane = choose(self._running, self._urgency)
         if lane is None:
             return False
         self._ticks += 1
@@ -206,11 +215,8 @@ class Scheduler:
             self._hand_over()
         try:
             lane.tick(self._tick_s)
-        except Exception as exc:  # a fault of ours: every waiter still gets an answer, and the other lanes live on
-            _LOG.exception("a tick failed", extra={"model": lane.key, "request_ids": lane.request_ids()})
-            failure = BackendFailure(f"the scheduler failed on {lane.key}: {exc}")
-            failure.__cause__ = exc
-            lane.fail_all(failure)
+        except Exception as exc:
+            self._fail_lane(lane, exc)
         self._settle(lane)
         return True
 
@@ -235,8 +241,9 @@ class Scheduler:
         """Where the streams of a filter go.
 
         Raises:
-            UnknownModel: no such model. InvalidInput: it is no filter.
+            UnknownModel: no such model. InvalidInput: it is no filter. ShuttingDown: the server is stopping.
         """
+        self._refuse_if_over()  # first: once stopped there are no lanes, and every model would seem unknown
         lane = self._stream_lanes.get(key)
         if lane is None:
             if key in self._lanes:
@@ -256,8 +263,7 @@ class Scheduler:
         if lane is not None:
             lane.prepare(ticket, ticket.arrived)
         with self._door:
-            if self._stopping:
-                raise ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s)
+            self._refuse_if_over()
             if lane is None or lane.retiring:
                 lane = self._lanes.get(job.model)
             if lane is None:
@@ -268,8 +274,20 @@ class Scheduler:
             lane.load.take(ticket.work)
             lane.weight_in += weight
             lane.inbox.append(ticket)
-        if not self._wake.is_set():
-            self._wake.set()
+        if not self._wake.is_set() or self._ended is not None:
+            self._awake()
+
+    def _awake(self) -> None:
+        """There is something to do. Where the engine thread has ended, it is to answer whoever came a moment too late."""
+        self._wake.set()
+        if self._ended is not None:
+            self._fail_rest(self._ended)
+
+    def _refuse_if_over(self) -> None:
+        if self._stopping:
+            raise ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s)
+        if self._ended is not None:
+            raise self._ended
 
     def _refuse_if_full(self, lane: StaticLane, weight: int) -> None:
         waiting, load = lane.weight_waiting, lane.load
@@ -282,16 +300,47 @@ class Scheduler:
         raise Overloaded(why, retry_after_s=max(self._retry_after_s, load.least_s))
 
     def _loop(self) -> None:
+        over: ElbowError = BackendFailure("the engine thread has ended: this process must be started anew")
+        try:
+            self._tick_until_stopped()
+            over = ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s)
+        except BaseException:
+            _LOG.critical("the engine thread has ended", exc_info=True)
+        finally:
+            self._ended = over
+            self._fail_rest(over)
+
+    def _tick_until_stopped(self) -> None:
         while True:
             self._wake.clear()
-            if self.tick():
+            try:
+                worked = self.tick()
+            except Exception:  # of no lane's work, or `tick` would have answered it
+                _LOG.exception("a tick failed")
+                time.sleep(_AFTER_FAULT_S)
+                worked = True
+            if worked:
                 if self._clock() >= self._stop_at:
                     break
             elif self._stopping:
                 break
             else:
                 self._wake.wait()
-        self._fail_rest(ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s))
+
+    def _urgency(self, lane: Lane) -> float:
+        """As the lane says; one that fails at saying so is served at once, for its answers to leave."""
+        try:
+            return lane.urgency()
+        except Exception as exc:
+            self._fail_lane(lane, exc)
+            return -math.inf
+
+    def _fail_lane(self, lane: Lane, cause: Exception) -> None:
+        """A fault of ours: every waiter still gets an answer, and the other lanes live on."""
+        _LOG.error("a tick failed", exc_info=cause, extra={"model": lane.key, "request_ids": lane.request_ids()})
+        failure = BackendFailure(f"the scheduler failed on {lane.key}: {cause}")
+        failure.__cause__ = cause
+        lane.fail_all(failure)
 
     def _begin_stop(self, grace_s: float) -> None:
         with self._door:
@@ -302,9 +351,14 @@ class Scheduler:
         self._wake.set()
 
     def _fail_rest(self, error: Exception) -> None:
-        for lane in self._running:
-            lane.fail_all(error)
-            self._settle(lane)
+        with self._ending:  # the engine thread at its end, and who comes after it
+            for lane in self._running:
+                try:
+                    lane.fail_all(error)
+                except Exception:
+                    _LOG.exception("the rest of %s could not be answered", lane.key)
+                self._held.extend(lane.answered())
+            self._hand_over()
 
     def _close_retired(self) -> None:
         if not any(lane.retiring for lane in self._running):
@@ -313,7 +367,7 @@ class Scheduler:
             over = [lane for lane in self._running if lane.retiring and not lane.in_use()]
             self._running = [lane for lane in self._running if lane not in over]
         for lane in over:
-            lane.engine.close()
+            _close(lane)
 
     def _settle(self, lane: Lane) -> None:
         """Hands over what the lane has answered: at once, or, where a step follows, when that step runs.
@@ -350,6 +404,16 @@ def _patient(answer: Answer) -> bool:
     return isinstance(answer, Ticket) and answer.deadline == math.inf
 
 
+def _close(lane: Lane) -> None:
+    try:
+        lane.engine.close()
+    except Exception:
+        _LOG.exception("the engine of %s could not be closed", lane.key)
+
+
 def _settle_all(answers: list[Answer]) -> None:
     for answer in answers:
-        answer.settle()
+        try:
+            answer.settle()
+        except Exception:  # those behind it are answered all the same
+            _LOG.exception("an answer could not be handed over")

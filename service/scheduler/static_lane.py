@@ -178,17 +178,23 @@ class StaticLane:
     def _receive(self) -> None:
         while self.inbox:
             ticket = self.inbox.popleft()
-            if ticket.rows == 0:
+            try:
+                self._take_in(ticket)
+            except Exception as exc:  # it is in no line yet, where `fail_all` would find it
+                self._fail_batch([ticket], exc)
+
+    def _take_in(self, ticket: Ticket) -> None:
+        if ticket.rows == 0:
+            self._answer(ticket, blank(ticket.job, self.engine.card))
+        elif ticket.job.prior or ticket.job.z is not None:
+            ticket.started = self.clock()
+            if not self._stages.needed(ticket):
                 self._answer(ticket, blank(ticket.job, self.engine.card))
-            elif ticket.job.prior or ticket.job.z is not None:
-                ticket.started = self.clock()
-                if not self._stages.needed(ticket):
-                    self._answer(ticket, blank(ticket.job, self.engine.card))
-                else:
-                    self._stages.add(ticket, [(row, NO_SLOT) for row in range(ticket.rows)])
             else:
-                self._line.add(ticket)
-                self.counts.rows_waiting += ticket.rows
+                self._stages.add(ticket, [(row, NO_SLOT) for row in range(ticket.rows)])
+        else:
+            self._line.add(ticket)
+            self.counts.rows_waiting += ticket.rows
 
     def _admit(self, budget_s: float) -> None:
         free = len(self._rows.free)

@@ -1,19 +1,22 @@
 """One WebSocket, from open to close: messages in, portions to the lane, results out (docs/streaming.md has the protocol).
 
-Everything here runs in the event loop. Reading stops while too many frames wait, so that a client who sends faster than the
-server computes is slowed down by its own connection and no buffer grows.
+Everything here runs in the event loop. Reading stops while too many frames wait for the server, or too many bytes for the client, so
+that one who sends faster than the server computes, or reads slower than it answers, is slowed down by its own connection and no buffer
+grows. Many frames in one message (a long gap) are handed in piece by piece by the same rule.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from service import arrays
@@ -50,8 +53,14 @@ CLOSE_CODES: dict[type[ElbowError], int] = {
     ShuttingDown: RESTART,
 }
 MOST_WAITING = 400
-"""Frames handed in and not answered, beyond which no more is read (5 s of audio at 80 frames a second)."""
+"""Frames handed in and not answered, beyond which no more is read (5 s of audio at 80 frames a second). A message without any counts
+as one. What brings more at once is answered in pieces of `PIECE`."""
+PIECE = MOST_WAITING // 2
+MOST_UNSENT = 1 << 20
+"""Bytes of answers that the client has not taken, beyond which no more is read."""
 MOST_GAP = 100_000
+MOST_ID = 1024
+"""Characters of a marker's id."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,15 @@ class _About:
     id: Any = None
 
 
+@dataclass(frozen=True)
+class _Rest:
+    """Frames of a message that came at `received` and are not handed in yet; x, mask: (n, X)."""
+
+    x: NDArray[np.float32]
+    mask: NDArray[np.float32] | None
+    received: float
+
+
 class Connection:
     """Serves one accepted WebSocket."""
 
@@ -72,14 +90,19 @@ class Connection:
         self._call: Call = socket.scope["call"]
         self._loop = asyncio.get_running_loop()
         self._shaper = server.shaper(model)
-        self._outgoing: list[bytes] = []
+        self._outgoing: deque[bytes] = deque()
+        self._unsent = 0
+        self._waiting = 0
+        self._rest: deque[_Rest] = deque()
+        self._token_due = False
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
         self._closing: int | None = None
         self._frames, self._nats, self._lag_max, self._lag_sum = 0, 0.0, 0.0, 0.0
         self._json_frames = 0
-        self._heard = server.clock()
+        self._alive = server.clock()
+        """When the client last said or took something, or the server still owed it an answer."""
         self._drained: asyncio.Event | None = None
         self._stream: Stream | None = None
         self._opened: Opened | None = None
@@ -98,6 +121,8 @@ class Connection:
                 task = asyncio.current_task()
                 if task is not None:  # `_check_idle` has said why
                     task.uncancel()
+                await asyncio.wait([writer], timeout=self._server.limits.drain_s)  # it may be that nothing is taken
+                return
             except ElbowError as error:
                 self._refuse(error)
             except WebSocketDisconnect:
@@ -119,9 +144,13 @@ class Connection:
             return
         if self._drained is None:
             self._drained = asyncio.Event()
-            self._feed(_About("draining", *self._place()), wants_state=True)
+            if not self._rest:
+                self._say_draining()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._drained.wait(), self._server.limits.drain_s)
+
+    def _say_draining(self) -> None:
+        self._feed(_About("draining", *self._place()), wants_state=True)
 
     # Opening.
 
@@ -171,7 +200,7 @@ class Connection:
         message = await self._socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1000))
-        self._heard = self._server.clock()
+        self._alive = self._server.clock()
         data: str | bytes | None = message.get("text")
         if data is None:
             data = message["bytes"]
@@ -183,6 +212,12 @@ class Connection:
         while self._closing is None:
             if not self._room.is_set():
                 await self._room.wait()
+                continue
+            if self._rest:
+                self._hand_in_piece()
+                if self._drained is not None and not self._rest:
+                    self._say_draining()
+                continue
             data = await self._receive()
             if self._drained is not None:
                 continue  # it will be replayed to the next server
@@ -226,7 +261,7 @@ class Connection:
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_GAP:
             raise InvalidInput.at("frames", f"must be a whole number between 1 and {MOST_GAP}")
         self._on_flush({})
-        lost = np.zeros((count, self._model.card.x.size), np.float32)
+        lost = np.broadcast_to(np.float32(0), (count, self._model.card.x.size))  # takes no memory, however many
         self._hand_in(lost, lost)
         return False
 
@@ -239,8 +274,9 @@ class Connection:
         return False
 
     def _on_marker(self, message: dict[str, Any]) -> bool:
-        if not isinstance(message.get("id"), str | int):
-            raise InvalidInput.at("id", "a marker has an id, a string or a whole number")
+        name = message.get("id")
+        if not isinstance(name, str | int) or (isinstance(name, str) and len(name) > MOST_ID):
+            raise InvalidInput.at("id", f"a marker has an id, a string of at most {MOST_ID} characters or a whole number")
         self._feed(_About("marker", id=message["id"]))
         return False
 
@@ -255,15 +291,26 @@ class Connection:
         self._feed(_About("closed", *self._place()), wants_state=True)
         return True
 
-    def _hand_in(self, x: Any, mask: Any) -> None:
-        opened = self._must_be_open()
+    def _hand_in(self, x: NDArray[np.float32], mask: NDArray[np.float32] | None) -> None:
+        """Before more is read, `_read` gives all of it to the lane."""
+        self._server.charge(caller_of(self._socket), self._price(len(x)))
+        self._rest.append(_Rest(x, mask, self._server.clock()))
+
+    def _hand_in_piece(self) -> None:
+        rest = self._rest.popleft()
+        x, mask = rest.x, rest.mask
+        if len(x) > MOST_WAITING:
+            self._rest.appendleft(_Rest(x[PIECE:], None if mask is None else mask[PIECE:], rest.received))
+            x, mask = x[:PIECE], None if mask is None else mask[:PIECE]
+        every, before = self._must_be_open().settings["token_every"], self._accepted
+        self._token_due |= bool(every) and (before + len(x)) // every > before // every
+        due = self._token_due and not self._rest  # a token stands at a message's end: the client cannot send half a gap again
+        self._token_due &= not due
+        self._feed(_About("results", *self._place(with_audio=due)), x, mask, wants_state=due, received=rest.received)
+
+    def _price(self, frames: int) -> int:
         assert self._stream is not None
-        self._server.charge(caller_of(self._socket), len(x) * (1 + self._stream.spec.steps))
-        every, before = opened.settings["token_every"], self._accepted
-        due = bool(every) and (before + len(x)) // every > before // every
-        self._feed(_About("results", *self._place(with_audio=due)), x, mask, wants_state=due)
-        if self._stream.waiting > MOST_WAITING:
-            self._room.clear()
+        return frames * (1 + self._stream.spec.steps)
 
     @property
     def _accepted(self) -> int:
@@ -281,33 +328,42 @@ class Connection:
         assert self._opened is not None
         return self._opened
 
-    def _feed(self, about: _About, x: Any = None, mask: Any = None, *, wants_state: bool = False) -> None:
+    def _feed(self, about: _About, x: Any = None, mask: Any = None, *, wants_state: bool = False, received: float | None = None) -> None:
         assert self._stream is not None
         if x is None:
             x = np.empty((0, self._model.card.x.size), np.float32)
-        self._lane.feed(Portion(self._stream, x, mask, self._server.clock(), wants_state, about, self._call.request_id))
+        self._waiting += max(1, len(x))
+        self._make_room()
+        received = self._server.clock() if received is None else received
+        self._lane.feed(Portion(self._stream, x, mask, received, wants_state, about, self._call.request_id))
 
     # Answering.
 
     def _done(self, portion: Portion) -> None:
         """The lane has finished a portion."""
-        assert self._stream is not None
-        if portion.error is not None:
-            error = portion.error if isinstance(portion.error, ElbowError) else BackendFailure("the engine failed")
+        self._waiting -= max(1, len(portion.x))
+        self._alive = self._server.clock()
+        try:
+            self._answer(portion)
+        except ElbowError as error:
             self._refuse(error)
+        except Exception:
+            LOG.exception("an answer to a stream could not be made")
+            self._refuse(BackendFailure("the answer could not be made"))
+        self._make_room()
+
+    def _answer(self, portion: Portion) -> None:
+        if portion.error is not None:
+            self._server.refund(caller_of(self._socket), self._price(len(portion.x)))
+            self._refuse(portion.error if isinstance(portion.error, ElbowError) else BackendFailure("the engine failed"))
             return
         about: _About = portion.about
         if len(portion.x):
             self._report(portion, about)
-        if self._stream.waiting <= MOST_WAITING // 2:
-            self._room.set()
         if about.what == "marker":
             self._send({"type": "marker", "id": about.id})
         elif portion.wants_state:
-            try:
-                self._hand_over(portion, about)
-            except ElbowError as error:
-                self._refuse(error)
+            self._hand_over(portion, about)
 
     def _report(self, portion: Portion, about: _About) -> None:
         lag_ms = 1e3 * (self._server.clock() - portion.received)
@@ -352,6 +408,9 @@ class Connection:
         """The first problem ends the stream and is counted; others (of portions that were in line with it) are the same end."""
         if self._closing is not None:
             return
+        if self._rest:
+            self._server.refund(caller_of(self._socket), self._price(sum(len(rest.x) for rest in self._rest)))
+            self._rest.clear()
         self._server.metrics.refused(error.code, self._call, ended=STATUS[type(error)])
         message: dict[str, Any] = {"type": "error", "code": error.code, "error": error.detail, "request_id": self._call.request_id}
         if error.fields:
@@ -362,6 +421,8 @@ class Connection:
     def _send(self, message: dict[str, Any]) -> None:
         if self._closing is None:
             self._outgoing.append(orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY))
+            self._unsent += len(self._outgoing[-1])
+            self._make_room()
             self._news.set()
 
     def _end(self, code: int) -> None:
@@ -370,33 +431,51 @@ class Connection:
             self._room.set()
             self._news.set()
 
+    def _make_room(self) -> None:
+        """Reading stops beyond what may wait, and goes on when half of it is gone."""
+        full = max(self._waiting / MOST_WAITING, self._unsent / MOST_UNSENT)
+        if full <= 0.5 or self._closing is not None:
+            self._room.set()
+        elif full > 1:
+            self._room.clear()
+
     async def _write(self) -> None:
         """Sends what there is, in order; closes after the last message."""
         try:
             while True:
                 await self._news.wait()
                 self._news.clear()
-                messages, self._outgoing = self._outgoing, []
-                for message in messages:
+                while self._outgoing:
+                    message = self._outgoing.popleft()
                     await self._socket.send({"type": "websocket.send", "text": message.decode()})
-                if self._closing is not None and not self._outgoing:
+                    self._unsent -= len(message)
+                    self._alive = self._server.clock()
+                    self._make_room()
+                if self._closing is not None:
                     break
             if self._socket.application_state is WebSocketState.CONNECTED:
                 await self._socket.close(self._closing)
         except (WebSocketDisconnect, RuntimeError, OSError) as exc:
             LOG.debug("a stream's client left while it was answered", extra={"request_id": self._call.request_id, "reason": str(exc)})
         finally:
+            self._end(1000)  # nobody takes anything any more: whoever waits to read waits no longer
             if self._drained is not None:
                 self._drained.set()
 
     def _check_idle(self, task: asyncio.Task[None] | None) -> None:
-        """Ends the reading task when nothing was heard for long, else looks again later. Never runs again once it did."""
-        left = self._heard + self._server.limits.stream_idle_s - self._server.clock()
+        """Ends the reading task when nothing was heard for long, else looks again later. A client that waits for the server is not idle."""
+        if task is None or task.done() or self._closing is not None:
+            return
+        now, patience = self._server.clock(), self._server.limits.stream_idle_s
+        if self._waiting:
+            self._alive = now
+        left = self._alive + patience - now
         if left > 0:
             self._loop.call_later(left, self._check_idle, task)
-        elif task is not None and not task.done() and self._closing is None:
-            self._refuse(ClientIdle(f"nothing was heard for {self._server.limits.stream_idle_s:.0f} s: send keep_alive to stay"))
-            task.cancel()
+            return
+        what = "taken of what was answered" if self._unsent else "heard"
+        self._refuse(ClientIdle(f"nothing was {what} for {patience:.0f} s: send keep_alive to stay, and read the answers"))
+        task.cancel()
 
 
 Handler = tuple[tuple[str, ...], Callable[[Connection, dict[str, Any]], bool]]

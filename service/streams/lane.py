@@ -35,6 +35,9 @@ FRAME = "frame_K"
 WARM_UP_CALLS, LARGEST_WARM_UP = 3, 256
 LATE_S = 0.1
 """An elastic stream gives up half of its steps for every so many seconds that it lags."""
+NOISE_FRAMES, NOISE_AT_ONCE = 64, 2048
+"""Most frames of one portion, and of all portions together, whose noise is drawn in one go: a call for some dozens costs about what one
+for a single frame does, and a call for a long portion would hold up every lane."""
 URGENT_S = 0.02
 """A frame counts as due this long after it was spoken, when lanes compete."""
 
@@ -346,14 +349,14 @@ class FrameNoise:
         return {self._name("predict", "noise0"): self._one(seeds, frames, (0, Purpose.PRIOR))}
 
     def ahead(self, portions: list[Portion]) -> dict[str, Any]:
-        """For the fused program, the very numbers that `step` and `advance` would get: of all frames of a portion at once, since
-        a call costs about the same for one frame as for some dozens."""
+        """For the fused program, the very numbers that `step` and `advance` would get: of the next frames of a portion at once."""
         if self._keyed:
             seeds = np.array([portion.stream.spec.seed for portion in portions], np.uint64)
             return self._fused(seeds, np.array([portion.stream.frame for portion in portions], np.int64))
-        new = [portion for portion in portions if portion.noise is None]
+        new = [portion for portion in portions if portion.noise is None or portion.done - portion.noise_from >= len(portion.noise)]
         if new:
-            left = [len(portion.x) - portion.done for portion in new]
+            most = min(NOISE_FRAMES, max(1, NOISE_AT_ONCE // len(new)))
+            left = [min(most, len(portion.x) - portion.done) for portion in new]
             seeds = np.repeat(np.array([portion.stream.spec.seed for portion in new], np.uint64), left)
             frames = np.concatenate([np.arange(p.stream.frame, p.stream.frame + n) for p, n in zip(new, left, strict=True)])
             drawn = self._keys(seeds, frames, [*self._refining(), (0, Purpose.DRAW)]).draw()

@@ -51,7 +51,7 @@ class Portion:
         wants_state: the stream's state after the portion is to be read. about: whatever the connection wants to find again.
         request_id: of the request or WebSocket that brought it, for the log.
         elbo, log_likelihood, kl: nats, one per frame done. steps_used: likewise. shown: per frame, the arrays asked for.
-        noise: (frames left, uses, S, D) from frame `noise_from` on, made when the first one's turn comes.
+        noise: (frames, uses, S, D) of some frames from `noise_from` on, made when the first one's turn comes.
         state: after the portion, if wanted. error: instead of all this.
     """
 

@@ -70,6 +70,7 @@ class FakeScheduler:
     fault: BaseException | None = None
     hold: asyncio.Event | None = None
     cancelled: int = 0
+    alive: bool = True
 
     def add_model(self, key: str, engine: Any) -> None:
         self.cards[key] = engine.card

@@ -1,5 +1,6 @@
 """Histograms that sort their values late show what prometheus_client's own would show."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -60,3 +61,21 @@ def test_a_label_too_few_is_an_error() -> None:
     histogram = telemetry.Histogram("h", "help", ("model",), buckets=BUCKETS, registry=prometheus_client.CollectorRegistry())
     with pytest.raises(ValueError, match="has the labels"):
         histogram.labels()
+
+
+def test_no_sum_of_a_model_ever_falls() -> None:
+    """Gains and losses were one histogram, whose sum fell at every loss: to `rate` a restart, and so a huge gain."""
+    metrics = telemetry.Metrics()
+    model = metrics.of_model("m", "1")
+
+    def sums() -> dict[str, float]:
+        shown = samples(metrics.registry)
+        return {name: value for (name, _), value in shown.items() if name in ("elbow_elbo_gain_nats_sum", "elbow_elbo_loss_nats_sum")}
+
+    seen = [sums()]
+    for gain in (3.0, -5.0, 0.0, -0.5):
+        model.gained(gain)
+        seen.append(sums())
+    for before, after in itertools.pairwise(seen):
+        assert all(after[name] >= before[name] for name in before)
+    assert seen[-1] == {"elbow_elbo_gain_nats_sum": 3.0, "elbow_elbo_loss_nats_sum": 5.5}
