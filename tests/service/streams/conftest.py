@@ -45,18 +45,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         torch.nn.init.normal_(model.inference.heads.weight, std=0.2)
-    data = SequenceDataConfig(f"audio:{sounds}", frames=FRAME)
-    # the catalogue cuts frames of 200 samples; a tiny model takes its own
+    data = SequenceDataConfig(f"audio:{sounds}", frames=FRAME, frame_size=FRAME)
     run = SequenceRunConfig("tiny-speech", architecture, data, RefinementConfig(steps=STEPS))
     save_weights(folder / "run", model, run, {"epoch": 0})
-    with pytest.MonkeyPatch.context() as patch:
-        from training.data import sequence_catalogue
-
-        load = sequence_catalogue.load_sequences
-        from training import export_filter
-
-        patch.setattr(export_filter, "load_sequences", lambda name, root: load(name, root, frame_size=FRAME))
-        export(folder / "run", folder / "repository", "tiny-speech", "1", rows=200)
+    export(folder / "run", folder / "repository", "tiny-speech", "1", rows=200)
     return folder / "repository"
 
 

@@ -20,7 +20,7 @@ from service.scheduler.scheduler import Scheduler
 from service.streams.connection import MOST_WAITING, Connection
 from service.streams.lane import NOISE_AT_ONCE, NOISE_FRAMES, FrameNoise
 from service.streams.stream import Portion
-from service.telemetry import Metrics
+from service.telemetry import Call, Metrics
 from tests.service.streams.small_filter import SmallFilter, X
 from tests.service.streams.test_faults import Waiter
 
@@ -65,6 +65,7 @@ class Client:
             "headers": [],
             "path_params": {},
             "caller": Caller("bob", quota),
+            "call": Call("request-1"),
         }
         self.connection = Connection(WebSocket(scope, self.said.get, self._send), self.server, model, lane, "")
 
