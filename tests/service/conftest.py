@@ -22,6 +22,7 @@ from service.jobs import Limits
 from service.repository import Repository, card_sha256
 from service.scheduler.job import Job, JobResult, StepEvent, StopReason, Timing
 from service.telemetry import Metrics
+from tests.made_once import made_once
 
 LATENT = 4
 LIMITS = Limits(max_body_bytes=2**20, max_rows=20, max_samples=16, max_importance_samples=5000, max_deadline_ms=10_000)
@@ -158,11 +159,11 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with one real, untrained model in both formats: iterative/1, recurrent, 20 numbers in [0, 1] per row."""
     from tests.service.engine.conftest import export_tiny
 
-    repository = tmp_path_factory.mktemp("repository")
-    folder = repository / "iterative" / "1"
-    folder.mkdir(parents=True)
-    export_tiny(folder, "iterative")
-    return repository
+    def make(repository: Path) -> None:
+        (repository / "iterative" / "1").mkdir(parents=True)
+        export_tiny(repository / "iterative" / "1", "iterative")
+
+    return made_once(tmp_path_factory, "tiny-repository", make)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models.artifact import Artifact
+from tests.made_once import made_once
 
 FRAME, RATE, STEPS = 40, 8000, 2
 
@@ -24,8 +25,14 @@ FRAME, RATE, STEPS = 40, 8000, 2
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """<repository>/tiny-speech/1: frames of 40 samples at 8 kHz."""
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     pytest.importorskip("onnx")
+    return made_once(tmp_path_factory, "tiny-speech", export_tiny_speech) / "repository"
+
+
+def export_tiny_speech(folder: Path) -> None:
+    import torch
+
     from models.architecture import FilterArchitecture, IterativeArchitecture, VRNNArchitecture
     from models.catalogue import build_filter
     from training.checkpoint import save_weights
@@ -33,7 +40,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from training.export import export
     from training.sequence_config import SequenceDataConfig, SequenceRunConfig
 
-    folder = tmp_path_factory.mktemp("streams")
     sounds = folder / "sounds"
     sounds.mkdir()
     for seed in range(6):
@@ -49,7 +55,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = SequenceRunConfig("tiny-speech", architecture, data, RefinementConfig(steps=STEPS))
     save_weights(folder / "run", model, run, {"epoch": 0})
     export(folder / "run", folder / "repository", "tiny-speech", "1", rows=200)
-    return folder / "repository"
 
 
 @pytest.fixture(scope="session")
