@@ -28,7 +28,7 @@ def keep(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Writes <name>.json into benchmarks/results, or where a run that is only a trial should leave it, and returns its path."""
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}.json"
-    file.write_text(json.dumps({**_where_and_when(), **results}, indent=1) + "\n")
+    file.write_text(json.dumps({**where_and_when(), **results}, indent=1) + "\n")
     return file
 
 
@@ -37,7 +37,8 @@ def artifact_name(path: Path) -> str:
     return "/".join(path.resolve().parts[-2:])
 
 
-def _where_and_when() -> dict[str, Any]:
+def where_and_when() -> dict[str, Any]:
+    """Date, commit, machine and libraries of what is measured now."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=RESULTS.parent).stdout.strip()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

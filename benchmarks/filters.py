@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from _report import keep, table
+from _report import RESULTS, keep, table, where_and_when
 
 from training.checkpoint import load_filter
 from training.evaluate_filter import FilterEffort, FilterEvaluation, evaluate_filter
@@ -112,7 +112,21 @@ def main() -> None:
     )
     print("free energy, nats per frame; equal training seconds: " + ", ".join(f"{s} {SECONDS[s]:.0f}" for s in args.sets))
     print(table(columns, rows))
-    print(f"kept in {keep('filters', {'seconds': {s: SECONDS[s] for s in args.sets}, 'runs': kept})}")
+    sets = others(args.sets) | {data_set: measured_now(data_set, kept) for data_set in args.sets}
+    print(f"kept in {keep('filters', {'sets': sets})}")
+
+
+def measured_now(data_set: str, kept: dict[str, Any]) -> dict[str, Any]:
+    """What was found of a set, and when: sets may be measured on different days."""
+    runs = {name: value for name, value in kept.items() if name.startswith(f"{data_set}-")}
+    return {"seconds": SECONDS[data_set], **where_and_when(), "runs": runs}
+
+
+def others(data_sets: list[str]) -> dict[str, Any]:
+    """What is kept of the sets that were not asked for."""
+    file = RESULTS / "filters.json"
+    sets: dict[str, Any] = json.loads(file.read_text()).get("sets", {}) if file.exists() else {}
+    return {name: found for name, found in sets.items() if name not in data_sets}
 
 
 if __name__ == "__main__":
