@@ -6,7 +6,7 @@ each other after each of them: on two cores 64 rows took 1.15 × as long that wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 LEAST_ROWS = 4
 """Of a thread: fewer would not pay for reading the weights once more and for waking it."""
 
-Feeds = Mapping[str, NDArray[Any]]
+Feeds = dict[str, NDArray[Any]]
 Returned = list[NDArray[Any]]
 
 

@@ -87,5 +87,5 @@ class _Program:
         return dict(zip(self._outputs, crew.run(self._run, feeds), strict=True))
 
     def _run(self, feeds: Feeds) -> Returned:
-        returned: Returned = self._session.run(self._returned, dict(feeds))
+        returned: Returned = self._session.run(self._returned, feeds)
         return returned
