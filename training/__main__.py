@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--seed", type=int)
     train.add_argument("--seconds", type=float, help="of a sequence model: train for so many seconds of updates")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
-    train.add_argument("--threads", type=int, help="CPU threads of torch")
+    train.add_argument("--processes", type=_positive, help="that share out each batch: one per card (default: all cards; on the CPU 1)")
+    train.add_argument("--threads", type=int, help="CPU threads of torch, of each process")
     train.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
     train.add_argument(
         "--on", metavar="DATA", help="learn from this set instead of the run's own: a name of `elbow-train data`, folder:PATH …"
@@ -107,7 +108,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.seconds is not None and not isinstance(run, SequenceRunConfig):
         print(f"elbow-train: --seconds is for sequence models; {run.name} ends after its epochs", file=sys.stderr)
         return 2
-    fabric = fabric_for(args.device)
+    fabric = fabric_for(args.device, args.processes)
     fabric.launch()
     loop: RunLoop
     if isinstance(run, SequenceRunConfig):

@@ -53,6 +53,12 @@ class Trainer(RunLoop):
         self.step_optimisers(len(x))
         return means(trace)
 
+    def part(self, batch: Tensor) -> Tensor:
+        return batch[self.fabric.global_rank :: self.fabric.world_size]
+
+    def rows(self, batch: Tensor) -> int:
+        return len(batch)
+
     def _noise(self, rows: int) -> list[Noise]:
         refinement, sizes = self.run.refinement, self.static.generative.latent_sizes
         draws = refinement.steps + 1 if self.static.inference.refines else 1

@@ -1,6 +1,9 @@
 """Epochs, logging, validation, resume: what every kind of run shares. Its whole state is saved in time, so Ctrl-C or a kill
 loses at most a minute.
 
+Several processes share out the rows of each batch and add up their gradients, so a run is the same whatever their number: as many
+updates, of as many rows each, with the noise of the process that has the row.
+
 Everything random comes from generators whose states are saved beside the weights: a resumed run ends with the same bits
 as one that was never interrupted. What one update is, and what validation measures, the kinds of runs say (training/loop.py,
 training/sequence_loop.py).
@@ -66,10 +69,11 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
             signal.signal(signal.SIGINT, before)
 
 
-def fabric_for(device: str) -> Fabric:
-    """Fabric for one or several processes. Gradients are averaged across them by `Trainer`, so the model is not wrapped."""
+def fabric_for(device: str, processes: int | None = None) -> Fabric:
+    """Fabric for so many processes, one per card; None = all cards, and one on the CPU. `RunLoop` adds up their gradients, so the model
+    is not wrapped."""
     accelerator = {"cuda": "gpu"}.get(device, device)
-    return Fabric(accelerator=accelerator, devices="auto" if accelerator == "gpu" else 1)
+    return Fabric(accelerator=accelerator, devices=processes or ("auto" if accelerator == "gpu" else 1))
 
 
 class Epochs(Protocol):
@@ -99,6 +103,8 @@ class RunLoop(ABC):
     def __init__(
         self, run: RunConfig | SequenceRunConfig, folder: Path, fabric: Fabric, model: LatentModel | FilterModel, data_sha256: str
     ):
+        if run.batch_size < fabric.world_size:
+            raise TrainingFailed(f"{run.name}: a batch of {run.batch_size} rows has not one for each of {fabric.world_size} processes")
         self.config, self.folder, self.fabric, self.data_sha256 = run, folder, fabric, data_sha256
         self.device = fabric.device
         self.parts = {"generative": model.generative, "inference": model.inference}
@@ -109,9 +115,12 @@ class RunLoop(ABC):
             if name not in run.frozen and any(True for _ in part.parameters())
         }
         self.generators = {name: torch.Generator("cpu" if name == "order" else self.device) for name in GENERATORS}
+        self.generators["order"].manual_seed(run.seed * 1000 * len(GENERATORS))
         self._seed_generators(0)
         self.epochs_before = 0
         self.updates = 0
+        self._share = 1.0
+        """Of the last batch's rows or frames, what this process had."""
         self.spent_s = 0.0
         self.uncounted = False
         """Set by an update that compiled: its time is not training's."""
@@ -123,6 +132,14 @@ class RunLoop(ABC):
     @abstractmethod
     def update(self, batch: Any) -> Mapping[str, Tensor]:
         """Adds up the gradients of a batch and steps the optimisers; what it saw, by name, (K + 1,) each: "elbo" and others."""
+
+    @abstractmethod
+    def part(self, batch: Any) -> Any:
+        """The rows of a batch that are this process's share: every so-manieth, none if there are fewer rows than processes."""
+
+    @abstractmethod
+    def rows(self, batch: Any) -> int:
+        """How many rows a batch has."""
 
     @abstractmethod
     def validate(self) -> list[float]:
@@ -143,18 +160,21 @@ class RunLoop(ABC):
         return bool(self.fabric.world_size == 1)
 
     def _seed_generators(self, epoch: int) -> None:
-        """Generators of this process for what begins in `epoch`: other processes and epochs get other streams."""
+        """Generators of this process for what begins in `epoch`: other processes and epochs get other streams. The order of the rows is
+        one for all processes, and goes on from epoch to epoch."""
         first = ((self.config.seed * 1000 + epoch) * self.fabric.world_size + self.fabric.global_rank) * len(GENERATORS)
-        for i, generator in enumerate(self.generators.values()):
-            generator.manual_seed(first + i)
+        for i, (name, generator) in enumerate(self.generators.items()):
+            if name != "order":
+                generator.manual_seed(first + i)
 
     def step_optimisers(self, weight: float) -> None:
-        """Averages the gradients over processes, clips them per unit of `weight` (rows or frames), and steps."""
+        """Adds up the gradients of all processes, clips them per unit of `weight` (rows or frames of this one), and steps."""
         optimiser_config = self.config.optimiser
+        gradients = [parameter.grad for name in self.optimisers for parameter in self.parts[name].parameters()]
+        own, weight = weight, self._add_over_processes([gradient for gradient in gradients if gradient is not None], weight)
+        self._share = own / weight
         for name, optimiser in self.optimisers.items():
             parameters = list(self.parts[name].parameters())
-            for parameter in () if self.alone else parameters:
-                parameter.grad = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
             if optimiser_config.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, optimiser_config.clip_norm * weight)
             for group in optimiser.param_groups:
@@ -162,6 +182,29 @@ class RunLoop(ABC):
             optimiser.step()
         self.model.zero_grad(set_to_none=True)
         self.updates += 1
+
+    def _add_over_processes(self, tensors: list[Tensor], number: float) -> float:
+        """Puts the sum over processes into each tensor, and gives that of `number`: one exchange for all of them."""
+        if self.alone:
+            return number
+        joined = torch.cat([*(tensor.reshape(-1) for tensor in tensors), torch.tensor([number], device=self.device)])
+        added = self.fabric.all_reduce(joined, reduce_op="sum")
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, part in zip(tensors, added[:-1].split(sizes), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        return float(added[-1])
+
+    def _agree(self, seen: Mapping[str, Tensor], stop: bool) -> tuple[Mapping[str, Tensor], bool]:
+        """What all processes saw, each weighed by its share of the rows or frames; whether any of them was told to stop. They have one
+        clock from then on: the mean of theirs."""
+        if self.alone:
+            return seen, stop
+        own = [value.double().reshape(-1) * self._share for value in seen.values()]
+        clock = torch.tensor([self.spent_s / self.fabric.world_size, stop], dtype=torch.float64, device=self.device)
+        added = self.fabric.all_reduce(torch.cat([*own, clock]), reduce_op="sum")
+        self.spent_s = float(added[-2])
+        means = added[:-2].split([len(value) for value in own])
+        return dict(zip(seen, means, strict=True)), float(added[-1]) > 0
 
     # epochs ----------------------------------------------------------------------------------------------------------
 
@@ -179,31 +222,24 @@ class RunLoop(ABC):
             (self.folder / "run.json").write_text(json.dumps(description, indent=1) + "\n")
         writer = SummaryWriter(str(self.folder / "tensorboard")) if self.fabric.global_rank == 0 else None
         total = self.config.epochs * len(self.batches)
-        bar = tqdm(total=total, initial=self.updates, unit="update", dynamic_ncols=True, mininterval=1.0, smoothing=0.05)
+        first = self.fabric.global_rank == 0
+        bar = tqdm(total=total, initial=self.updates, unit="update", dynamic_ncols=True, mininterval=1.0, smoothing=0.05, disable=not first)
         try:
             with deferred_interrupt() as interrupted:
                 began = time.monotonic()
                 while not self.over:
                     if not self.alone:
                         self._seed_generators(self.batches.epoch)
-                    for batch in self.batches:
-                        self._add_up(self._timed(batch))
-                        bar.update()
-                        progress = f"epoch {self.batches.epoch + 1}/{self.config.epochs} ELBO {self._mean('elbo')[-1]:.2f} nats"
-                        bar.set_postfix_str(progress, refresh=False)
-                        stop = interrupted()
-                        if self.alone and (stop or time.monotonic() - self._saved_at > SAVE_EVERY_S):
-                            self.save()
-                        if stop:
-                            raise KeyboardInterrupt
+                    self._epoch(bar, interrupted)
                     if self.over or self.batches.epoch % self.validate_every == 0:
                         line = self._finish_epoch(time.monotonic() - began)
                         began = time.monotonic()
-                        bar.write(describe(line))
                         if writer is not None:
+                            bar.write(describe(line))
                             log_scalars(writer, line)
         except KeyboardInterrupt:
-            bar.write(f"stopped after {self.updates} updates; the same command continues from {self.folder}")
+            if first:
+                bar.write(f"stopped after {self.updates} updates; the same command continues from {self.folder}")
             raise
         finally:
             bar.close()
@@ -212,6 +248,25 @@ class RunLoop(ABC):
         if self.fabric.global_rank == 0:
             save_weights(self.folder / "final", self.model, self.config, self._facts(line))
         return line
+
+    def _epoch(self, bar: tqdm[Any], interrupted: Callable[[], bool]) -> None:
+        """What is left of an epoch, an update per batch.
+
+        Raises:
+            KeyboardInterrupt: asked to stop; the state is whole, and saved where this process is alone.
+        """
+        for batch in self.batches:
+            if self.rows(batch) < self.fabric.world_size:
+                continue  # the last one: not a row for everyone
+            seen, stop = self._agree(self._timed(self.part(batch)), interrupted())
+            self._add_up(seen)
+            bar.update()
+            progress = f"epoch {self.batches.epoch + 1}/{self.config.epochs} ELBO {self._mean('elbo')[-1]:.2f} nats"
+            bar.set_postfix_str(progress, refresh=False)
+            if self.alone and (stop or time.monotonic() - self._saved_at > SAVE_EVERY_S):
+                self.save()
+            if stop:
+                raise KeyboardInterrupt
 
     def _timed(self, batch: Any) -> Mapping[str, Tensor]:
         # with one CPU thread the processor's time: what else runs on the machine then costs the run nothing
@@ -223,7 +278,7 @@ class RunLoop(ABC):
         return seen
 
     def _finish_epoch(self, seconds: float) -> dict[str, Any]:
-        valid = self.validate()
+        valid = self.validate() if self.fabric.global_rank == 0 else [math.nan]
         line = {
             "epoch": self.batches.epoch,
             "updates": self.updates,

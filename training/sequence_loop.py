@@ -72,6 +72,12 @@ class SequenceTrainer(RunLoop):
         self.uncounted = self.gradients.compilations > compiled
         return self._means(seen, chunk.weights, frames)
 
+    def part(self, batch: SequenceBatch) -> SequenceBatch:
+        return SequenceBatch(*(field[self.fabric.global_rank :: self.fabric.world_size] for field in batch))
+
+    def rows(self, batch: SequenceBatch) -> int:
+        return len(batch.x)
+
     def _chunk(self, batch: SequenceBatch) -> Chunk:
         refinement, (latent,) = self.run.refinement, self.filters.generative.latent_sizes
         rows, frames = batch.mask.shape
@@ -97,6 +103,7 @@ class SequenceTrainer(RunLoop):
         return x.gather(-1, source.clamp(0, x.shape[-1] - 1).expand(x.shape)) * inside
 
     def _means(self, seen: ChunkSeen, weights: Tensor, frames: float) -> dict[str, Tensor]:
+        frames = max(frames, 1.0)  # none, if the rows of this process are all through with a carried epoch
         elbo = (seen.elbo * weights[..., None]).sum((0, 1)) / frames
         # steps that were not made yet change nothing
         elbo = torch.cat([elbo, elbo[-1:].expand(self.steps + 1 - len(elbo))])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ SIGHTINGS = 2
 
 
 class SequenceGradients:
-    """Adds the gradients of one update to the parameters of `model` and returns what was seen.
+    """Adds the gradients of one update to the parameters of `model` and returns what was seen. On a GPU the compiled parts are CUDA graphs,
+    a frame's one for each frame of a chunk, and the gradients hold until the next call.
 
     Args:
         precision: of the matrix products, as torch.autocast takes it; None = that of the model. All else stays as it is.
@@ -49,8 +50,15 @@ class SequenceGradients:
         self._wants_compiled = compiled and model.inference.refines
 
     def __call__(self, chunk: Chunk, kl_weight: float) -> ChunkSeen:
+        if not self._wants_compiled:
+            with autocast(chunk.x.device, self._precision):
+                return accumulate_sequence(self._model, chunk, kl_weight)
+        if chunk.x.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
         with autocast(chunk.x.device, self._precision):
-            return accumulate_sequence(self._model, chunk, kl_weight, _Faster(self, chunk) if self._wants_compiled else None)
+            seen = accumulate_sequence(self._model, chunk, kl_weight, _Faster(self, chunk))
+        # a graph's outputs hold until the next update, which may go on from the state
+        return replace(seen, state={name: value.clone() for name, value in seen.state.items()}) if chunk.x.is_cuda else seen
 
     def frame(self, chunk: Chunk, frame: ChainFrame) -> ChainFrame:
         """`frame`, compiled once chunks of this shape have come often enough."""
@@ -216,6 +224,5 @@ def compile_graph(graph: fx.GraphModule, device: torch.device) -> Callable[..., 
     input again cost as much as a product. On a CPU what calls the kernels is C++ too: a frame has some forty, and Python takes about
     5 µs for each."""
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    if device.type == "cpu":
-        options["cpp_wrapper"] = True
+    options |= {"triton.cudagraphs": True} if device.type == "cuda" else {"cpp_wrapper": True}
     return torch.compile(graph, fullgraph=True, options=options)
