@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from models.architecture import Architecture, FilterArchitecture, OwnFilterArchitecture
+from models.architecture import Architecture, FilterArchitecture, IterativeArchitecture, OwnFilterArchitecture
 from models.generative.base import Generative
 from models.generative.filter import FilterGenerative
 from models.generative.linear_gaussian import LinearGaussian
@@ -89,6 +89,8 @@ def infer_with(generative: Generative | FilterGenerative, architecture: Any) -> 
         if not isinstance(generative, FilterGenerative):
             raise ValueError("architecture: a custom-designed filter needs a sequence model")
         return OwnFilter(architecture, generative.x_size, generative.latent_sizes, generative.summary_size)
+    if isinstance(architecture, IterativeArchitecture) and isinstance(generative, FilterGenerative):
+        return IterativeInference(architecture, generative.x_size, generative.latent_sizes, generative.summary_size)
     return _row(INFERENCE, "kind", architecture.kind)(architecture, generative.x_size, generative.latent_sizes)
 
 

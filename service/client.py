@@ -143,6 +143,20 @@ class Reply:
 
 
 @dataclass(frozen=True, eq=False)
+class Dream:
+    """A sequence drawn from a filter's model: frames and the means of their predictions, (T, X); `state` goes on from the last."""
+
+    frames: Floats
+    mean: Floats
+    state: str
+    frame: int = 0
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Dream:
+        return cls(_floats(raw["frames"]), _floats(raw["mean"]), raw["state"], raw["frame"])
+
+
+@dataclass(frozen=True, eq=False)
 class StepEvent:
     """Best so far of one row after a step of it."""
 
@@ -298,10 +312,18 @@ def generate(
     samples: int = 0,
     model: str | None = None,
 ) -> Call[Reply]:
-    """`count` draws from the prior, or points on the line between two posteriors."""
+    """`count` draws from the prior, or points on the line between two posteriors; of static models."""
     ends = None if between is None else [posterior.as_json() for posterior in between]
     body = {"count": count, "seed": seed, "between": ends, "samples": samples}
     return Call("POST", client.path("/generate", model), Reply.parse, body)
+
+
+def dream(
+    client: _Base, /, frames: int, *, count: int = 1, seed: int = 0, state: str | None = None, model: str | None = None
+) -> Call[list[Dream]]:
+    """`count` sequences of so many frames drawn from a filter's model: from the beginning, or on from a state (`generate` of a filter)."""
+    body = {"frames": frames, "count": count, "seed": seed, "state": state}
+    return Call("POST", client.path("/generate", model), lambda raw: [Dream.parse(result) for result in raw["results"]], body)
 
 
 def _sync(build: Callable[Concatenate[_Base, P], Call[T]]) -> Callable[Concatenate[ElbowClient, P], T]:
@@ -343,6 +365,7 @@ class ElbowClient(_Base):
 
     models, card, curve = _sync(models), _sync(card), _sync(curve)
     encode, refine, reconstruct, score, generate = _sync(encode), _sync(refine), _sync(reconstruct), _sync(score), _sync(generate)
+    dream = _sync(dream)
 
     def send(self, call: Call[T]) -> T:
         attempt = 0
@@ -394,6 +417,7 @@ class AsyncElbowClient(_Base):
 
     models, card, curve = _async(models), _async(card), _async(curve)
     encode, refine, reconstruct, score, generate = _async(encode), _async(refine), _async(reconstruct), _async(score), _async(generate)
+    dream = _async(dream)
 
     async def send(self, call: Call[T]) -> T:
         attempt = 0

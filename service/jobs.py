@@ -120,7 +120,7 @@ def score_job(body: ScoreBody, model: ServedModel, limits: Limits, arrival: floa
 def generate_job(body: GenerateBody, model: ServedModel, limits: Limits) -> Job:
     count = _at_most("count", body.count, limits.max_rows)
     ask = Ask(measure=False, mean=True, x=_draws(body.samples, count, model.card, limits))
-    seeds = _spread(body.seed, count)
+    seeds = spread(body.seed, count)
     budget = Budget(steps=0)
     if body.between is None:
         return Job(model=model.key, seeds=seeds, budget=budget, ask=ask, prior=True)
@@ -211,7 +211,7 @@ def _seeds(seed: Any, rows: int) -> NDArray[np.uint64]:
     return np.asarray(given, np.uint64)
 
 
-def _spread(seed: int, count: int) -> NDArray[np.uint64]:
+def spread(seed: int, count: int) -> NDArray[np.uint64]:
     """`count` seeds from one: seed ⊕ mix(i), where mix is splitmix64's bijection (mix(0) = 0, so one draw uses the seed itself).
 
     The first n of them do not depend on `count`, and neighbouring seeds share no draw.

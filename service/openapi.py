@@ -79,6 +79,7 @@ def _model_paths(model: ServedModel, prefix: str, limits: Limits) -> Json:
     }
     if model.card.family == "filter":
         paths[f"{prefix}/filter"] = {"post": _filter(model, limits)}
+        paths[f"{prefix}/generate"] = {"post": _dream(model, limits)}
         return paths
     for endpoint in ENDPOINTS:
         paths[f"{prefix}/{endpoint.name}"] = {"post": _post(endpoint, model, limits)}
@@ -131,6 +132,32 @@ def _filter(model: ServedModel, limits: Limits) -> Json:
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema, "example": example}}},
         "responses": {
             "200": {"description": "one result per frame, and the next state", "content": {"application/json": {"schema": reply}}},
+            **_problems(STATUS.values()),
+        },
+    }
+
+
+def _dream(model: ServedModel, limits: Limits) -> Json:
+    """`generate` of a filter."""
+    schema = schemas.DreamBody.model_json_schema(by_alias=True)
+    for name in ("count", "frames"):
+        schema["properties"][name]["maximum"] = limits.max_rows
+    text: Json = {"type": "string"}
+    frames: Json = {"type": "array", "items": _vector(model.card.x.size, {"type": ["number", "null"]})}
+    fields: Json = {"frame": {"type": "integer"}, "frames": frames, "mean": frames, "state": text}
+    result = {"type": "object", "required": list(fields), "properties": fields}
+    head: Json = {**{name: text for name in ("model", "version", "precision")}, "seed": {"type": "integer"}}
+    reply_fields: Json = {**head, "results": {"type": "array", "items": result}, "timing": {"type": "object"}}
+    reply = {"type": "object", "required": list(reply_fields), "properties": reply_fields}
+    return {
+        "summary": inspect.getdoc(schemas.DreamBody),
+        "tags": [model.name],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schema, "example": {"count": 2, "frames": 8, "seed": 0}}},
+        },
+        "responses": {
+            "200": {"description": "one result per sequence", "content": {"application/json": {"schema": reply}}},
             **_problems(STATUS.values()),
         },
     }

@@ -86,6 +86,15 @@ class GenerateBody(Body):
     samples: Count = Field(0, description="draws of x per result, besides the mean")
 
 
+class DreamBody(Body):
+    """Sequences drawn from the model, each frame from its prediction: from the beginning, or on from a state."""
+
+    count: AtLeastOne = Field(1, description="how many sequences")
+    frames: AtLeastOne = Field(1, description="of each; count x frames is bounded like rows")
+    seed: Seed = Field(0, description="each sequence has noise of its own, derived from the seed")
+    state: str | None = Field(None, description="the state of an earlier reply, or a stream's token: what all sequences go on from")
+
+
 class FilterBody(Body):
     """Filter some frames of a sequence: from its beginning, or on from the state of an earlier reply."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from service.scheduler.job import Job, JobResult, StepEvent
 from service.streams.lane import StreamLane
 from service.streams.opening import spec_of
 from service.streams.stateless import Frames, settle
-from service.streams.stream import Portion, Stream
+from service.streams.stream import Portion, Stream, StreamSpec
 from service.telemetry import Metrics
 
 T = TypeVar("T")
@@ -50,18 +50,31 @@ async def filter_alone(request: Request, server: Server, lane: StreamLane, frame
         ClientDisconnect: the client left; frames not yet filtered were dropped.
         ElbowError: as the lane says.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Portion] = loop.create_future()
-    stream = Stream(spec_of(frames.settings, 0.0, frames.snapshot), settle(done), loop)
-    lane.open(stream)
-    try:
-        lane.feed(Portion(stream, frames.x, frames.mask, server.clock(), wants_state=True))
-        portion = await _unless_gone(request, done)
-    finally:
-        lane.close(stream)
-    if portion.error is not None:
-        raise portion.error
+    (portion,) = await on_streams(request, server, lane, [(spec_of(frames.settings, 0.0, frames.snapshot), frames)])
     return portion
+
+
+async def on_streams(request: Request, server: Server, lane: StreamLane, parts: Sequence[tuple[StreamSpec, Frames]]) -> list[Portion]:
+    """The frames of one request, each part on a stream of its own that lasts as long as the request. Raises as `filter_alone`."""
+    loop = asyncio.get_running_loop()
+    streams: list[Stream] = []
+    answers: list[asyncio.Future[Portion]] = []
+    try:
+        for spec, _ in parts:
+            answers.append(loop.create_future())
+            stream = Stream(spec, settle(answers[-1]), loop)
+            lane.open(stream)
+            streams.append(stream)
+        for stream, (_, frames) in zip(streams, parts, strict=True):
+            lane.feed(Portion(stream, frames.x, frames.mask, server.clock(), wants_state=True))
+        portions = await _unless_gone(request, asyncio.gather(*answers))
+    finally:
+        for stream in streams:
+            lane.close(stream)
+    for portion in portions:
+        if portion.error is not None:
+            raise portion.error
+    return portions
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a learned refiner reads: each encoding turns the evidence at λ into features, (B, n) per row.
 
 All of them are continuous where the gradient is zero (architecture.md, section 7), so a row alone and a row in a batch
-cannot part over the sign of a rounding error. `x` is not in this table: it enters once, as context.
+cannot part over the sign of a rounding error. `x`, and a filter's `past`, are not in this table: they enter once, as context.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from models.inference.base import State
 from models.layers import layer_norm
 from models.objective import Evidence
 
+CONTEXT = ("x", "past")
+"""Encodings that say nothing of λ. `past` is a filter's summary of earlier frames, which its own, custom-designed filter reads too."""
 LOG_SIGN_SCALE = 0.1
 """c of sign(g)·log(1 + |g|/c): linear below c, logarithmic above."""
 
@@ -97,10 +99,10 @@ def encoded_size(encodings: Sequence[str], x_size: int, latent_sizes: Sequence[i
     """
     latent = sum(latent_sizes)
     sizes = dict.fromkeys(ENCODINGS, 2 * latent) | {"error_x": x_size, "error_z": latent, "step": 1}
-    unknown = [name for name in encodings if name not in sizes and name != "x"]
+    unknown = [name for name in encodings if name not in (*sizes, *CONTEXT)]
     if unknown:
-        raise ValueError(f"encodings: {unknown[0]!r} is unknown: one of x, {', '.join(sizes)}")
-    size = sum(sizes[name] for name in encodings if name != "x")
+        raise ValueError(f"encodings: {unknown[0]!r} is unknown: one of {', '.join((*CONTEXT, *sizes))}")
+    size = sum(sizes[name] for name in encodings if name not in CONTEXT)
     if size == 0:
         raise ValueError(f"encodings: {tuple(encodings)} say nothing about λ: add one of {', '.join(sizes)}")
     return size
@@ -108,4 +110,4 @@ def encoded_size(encodings: Sequence[str], x_size: int, latent_sizes: Sequence[i
 
 def encode(encodings: Sequence[str], state: State, evidence: Evidence) -> Tensor:
     """The features of every encoding side by side, (B, n)."""
-    return torch.cat([part for name in encodings if name != "x" for part in ENCODINGS[name](state, evidence)], -1)
+    return torch.cat([part for name in encodings if name not in CONTEXT for part in ENCODINGS[name](state, evidence)], -1)

@@ -20,17 +20,22 @@ from models.objective import Evidence
 
 
 class IterativeInference(Inference):
-    """x enters once: its share of the first layer is the context (B, hidden[0]), so a step costs only what changed."""
+    """x, and the past of a filter, enter once: their share of the first layer is the context (B, hidden[0]), so a step costs only what
+    changed."""
 
-    def __init__(self, architecture: IterativeArchitecture, x_size: int, latent_sizes: tuple[int, ...]):
+    def __init__(self, architecture: IterativeArchitecture, x_size: int, latent_sizes: tuple[int, ...], past_size: int = 0):
         super().__init__()
+        if "past" in architecture.encodings and not past_size:
+            raise ValueError("encodings: only a filter's refiner can read the past")
         self.encodings = architecture.encodings
         self.reads_errors = any(name.startswith("error") for name in architecture.encodings)
         self.encode_mask = architecture.encode_mask
         self.latent_sizes = latent_sizes
         first, *rest = architecture.hidden
         self.embed_x = nn.Linear(x_size * (2 if architecture.encode_mask else 1), first) if "x" in self.encodings else None
-        self.embed = nn.Linear(encoded_size(self.encodings, x_size, latent_sizes), first, bias=self.embed_x is None)
+        self.embed_past = nn.Linear(past_size, first, bias=self.embed_x is None) if "past" in self.encodings else None
+        known = self.embed_x is not None or self.embed_past is not None
+        self.embed = nn.Linear(encoded_size(self.encodings, x_size, latent_sizes), first, bias=not known)
         self.body = MLP(first, rest, architecture.highway)
         width = self.body.output_size
         self.cell = nn.GRUCell(width, width) if architecture.recurrent else None
@@ -39,7 +44,12 @@ class IterativeInference(Inference):
         nn.init.zeros_(self.heads.bias)
 
     def context(self, x: Tensor, mask: Tensor, past: Tensor | None = None) -> Context:
-        return {} if self.embed_x is None else {"x_embedding": self.embed_x(centred(x, mask, self.encode_mask))}
+        shares = [] if self.embed_x is None else [self.embed_x(centred(x, mask, self.encode_mask))]
+        if self.embed_past is not None:
+            if past is None:
+                raise ValueError("past: this refiner needs the summary of earlier frames")
+            shares.append(self.embed_past(past))
+        return {"x_embedding": sum(shares[1:], shares[0])} if shares else {}
 
     def init(self, context: Context, prior: Posterior) -> State:
         rows = prior[0].mu
@@ -54,7 +64,7 @@ class IterativeInference(Inference):
 
     def step(self, state: State, context: Context, evidence: Evidence) -> State:
         a = self.embed(encode(self.encodings, state, evidence))
-        h = self.body(elu(a if self.embed_x is None else a + context["x_embedding"]))
+        h = self.body(elu(a + context["x_embedding"] if "x_embedding" in context else a))
         memory = dict(state.memory)
         if "step" in memory:
             memory["step"] = memory["step"] + 1

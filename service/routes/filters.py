@@ -15,11 +15,12 @@ from service.body import in_worker_if_large, parse_object, read_body
 from service.deps import Server, caller_of, key_id_of, model_of, server_of
 from service.errors import ElbowError, error_response
 from service.repository import ServedModel
-from service.schemas import FilterBody, read_body_fields
+from service.schemas import DreamBody, FilterBody, read_body_fields
 from service.streams.connection import Connection
+from service.streams.dreams import dream_result, dream_spec, read_dreams
 from service.streams.stateless import FRESH, Frames, read_frames, snapshot_after
 from service.streams.stream import Portion
-from service.submission import filter_alone
+from service.submission import filter_alone, on_streams
 
 
 async def filter_frames(request: Request) -> Response:
@@ -60,6 +61,26 @@ def _reply(server: Server, model: ServedModel, portion: Portion, frames: Frames,
         "state": server.tokens.issue(after, model.sha256, key_id),
         "timing": {"filter_ms": 1e3 * (now - portion.received), "total_ms": 1e3 * (now - began)},
     }
+
+
+async def dream(request: Request) -> Response:
+    """`generate` of a filter: whole sequences, drawn from the model."""
+    server = server_of(request)
+    with server.account(caller_of(request)) as charge:
+        began = server.clock()
+        model = model_of(request, "generate")
+        lane = server.scheduler.stream_lane(model.key)
+        body = read_body_fields(DreamBody, parse_object(await read_body(request, server.limits.max_body_bytes)))
+        chosen = model if "version" in request.path_params else server.issuer(model, body.state)
+        if chosen is not model:
+            lane = server.scheduler.stream_lane(chosen.key)
+        key_id = key_id_of(request)
+        dreams = read_dreams(body, chosen, server.tokens, key_id, server.limits.max_rows)
+        charge(body.count * body.frames)
+        portions = await on_streams(request, server, lane, [(dream_spec(frames), frames) for frames in dreams])
+    results = [dream_result(p, frames, chosen, server.tokens, key_id) for p, frames in zip(portions, dreams, strict=True)]
+    head = {"model": chosen.name, "version": chosen.version, "precision": chosen.precision, "seed": body.seed}
+    return replies.json_response({**head, "results": results, "timing": {"total_ms": 1e3 * (server.clock() - began)}})
 
 
 async def filter_stream(socket: WebSocket) -> None:

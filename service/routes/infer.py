@@ -6,7 +6,7 @@ and score also take and give arrays (service/routes/arrays.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +17,10 @@ from starlette.routing import Route
 
 from service import jobs, replies, schemas
 from service.body import in_worker_if_large, parse_object, read_body
-from service.deps import Server, server_of, static_model_of
+from service.deps import Server, model_of, server_of, static_model_of
 from service.repository import ServedModel
 from service.routes.arrays import array_call, speaks_arrays
+from service.routes.filters import dream
 from service.scheduler.job import Job, JobResult
 from service.submission import EVENT_STREAM, Show, events, submit
 
@@ -35,12 +36,16 @@ class Endpoint:
     streams: bool = False
     arrays: bool = False
     """Whether rows and replies may be arrays instead of JSON (service/tensor_bodies.py)."""
+    of_filter: Callable[[Request], Awaitable[Response]] | None = None
+    """What answers the same call of a filter; None: nothing does."""
 
     async def __call__(self, request: Request) -> Response:
         if self.arrays and speaks_arrays(request):
             return await array_call(self, request)
         server = server_of(request)
         arrival = server.clock()
+        if self.of_filter is not None and model_of(request, self.name).card.family == "filter":
+            return await self.of_filter(request)
         model = static_model_of(request, self.name)
         server.scheduler.check_door(model.key)
         raw = await read_body(request, server.limits.max_body_bytes)
@@ -84,7 +89,7 @@ ENDPOINTS = (
     Endpoint("refine", schemas.RefineBody, jobs.refine_job, _encode_reply, streams=True),
     Endpoint("reconstruct", schemas.ReconstructBody, jobs.reconstruct_job, _reconstruct_reply, arrays=True),
     Endpoint("score", schemas.ScoreBody, jobs.score_job, _score_reply, arrays=True),
-    Endpoint("generate", schemas.GenerateBody, _generate_job, lambda m, r, body: replies.generate_reply(m, r, body.seed)),
+    Endpoint("generate", schemas.GenerateBody, _generate_job, lambda m, r, body: replies.generate_reply(m, r, body.seed), of_filter=dream),
 )
 
 

@@ -133,12 +133,15 @@ class StreamLane:
             return
         self.counts.ticks += 1
         now = self._clock()
-        groups: dict[tuple[int, bool], list[Stream]] = {}
+        groups: dict[tuple[int, bool, bool], list[Stream]] = {}
         for stream in self._slice(budget_s):
-            groups.setdefault((self._steps(stream, now), stream.predicts), []).append(stream)
-        for (steps, predicts), streams in groups.items():
+            groups.setdefault((self._steps(stream, now), stream.predicts, stream.spec.dreams), []).append(stream)
+        for (steps, predicts, dreams), streams in groups.items():
             try:
-                self._run(streams, steps, predicts)
+                if dreams:
+                    self._dream(streams)
+                else:
+                    self._run(streams, steps, predicts)
             except Exception as exc:
                 self._fail_batch(streams, exc)
 
@@ -198,6 +201,8 @@ class StreamLane:
 
     def _steps(self, stream: Stream, now: float) -> int:
         """The steps its next frame gets."""
+        if stream.spec.dreams:
+            return 0
         if not stream.spec.elastic:
             return stream.spec.steps
         return stream.spec.steps >> max(0, int(stream.lag(now) / LATE_S))
@@ -296,6 +301,37 @@ class StreamLane:
             if portion.done == len(portion.x):
                 self._without_frames(stream)
 
+    def _dream(self, streams: list[Stream]) -> None:
+        """The next frame of each, drawn from the model: z from the prediction, x from p(x|z), and the state moves on with both."""
+        for stream in streams:
+            self._place(stream)
+        portions = [stream.portions[0] for stream in streams]
+        slots = np.array([stream.slot for stream in streams], np.intp)
+        seeds = np.array([stream.spec.seed for stream in streams], np.uint64)
+        frames = np.array([stream.frame for stream in streams], np.int64)
+        card, engine = self.engine.card, self.engine
+        # λ is the prediction now, so by the same noise `advance` draws the very z whose x this is
+        predicted = engine.run_rows("predict", slots, self._noise.predict(seeds, frames))
+        parameters = {name: predicted[name][:, :1] for name in card.likelihood.parameters}
+        x = engine.run("sample_x", {**parameters, **self._noise.sample_x(seeds, frames)})["x"][:, 0]
+        given = {"x": x, "mask": np.ones_like(x), **self._noise.advance(seeds, frames, Purpose.PRIOR)}
+        outputs = engine.run_rows("advance", slots, given, guard="log_likelihood")
+        log_likelihood, kl = outputs["log_likelihood"].tolist(), outputs["kl"].reshape(len(streams), -1).sum(1).tolist()
+        self.counts.frames += len(streams)
+        mean = predicted["mean"][:, 0]
+        for row, (stream, portion) in enumerate(zip(streams, portions, strict=True)):
+            if portion.done == 0:
+                portion.first_frame = stream.frame
+            portion.elbo.append(log_likelihood[row] - kl[row])
+            portion.log_likelihood.append(log_likelihood[row])
+            portion.kl.append(kl[row])
+            portion.steps_used.append(0)
+            portion.shown.append({"x": x[row], "mean": mean[row]})
+            portion.done += 1
+            stream.frame += 1
+            if portion.done == len(portion.x):
+                self._without_frames(stream)
+
     def _programs(
         self, slots: NDArray[np.intp], given: Arrays, portions: list[Portion], steps: int, predicts: bool, shows: bool
     ) -> tuple[Arrays, Outputs]:
@@ -342,11 +378,17 @@ class FrameNoise:
     def step(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], step: int) -> dict[str, Any]:
         return {"noise0": self._one(seeds, frames, (step, Purpose.REFINE))}
 
-    def advance(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> dict[str, Any]:
-        return {self._name("advance", "noise_advance"): self._one(seeds, frames, (0, Purpose.DRAW))}
+    def advance(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], purpose: Purpose = Purpose.DRAW) -> dict[str, Any]:
+        return {self._name("advance", "noise_advance"): self._one(seeds, frames, (0, purpose))}
 
     def predict(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> dict[str, Any]:
         return {self._name("predict", "noise0"): self._one(seeds, frames, (0, Purpose.PRIOR))}
+
+    def sample_x(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> Arrays:
+        """One draw of x per row: the program runs on arrays, not on slots, so its noise is one."""
+        size, rows = self._card.x.size, len(seeds)
+        word = np.broadcast_to(words(0, level=0, purpose=Purpose.SAMPLE_X), (rows, 1))
+        return {self._name("sample_x", "noise_x"): Keys(seeds, word, np.zeros(rows, np.int64), frames, 1, size, (1, size), False).draw()}
 
     def ahead(self, portions: list[Portion]) -> dict[str, Any]:
         """For the fused program, the very numbers that `step` and `advance` would get: of the next frames of a portion at once."""

@@ -31,6 +31,7 @@ class StreamSpec:
     Attributes:
         parts: of PARTS, what results carry. frame_s: real-time length of a frame; 0 = there is none.
         state: where it goes on from, one row each, without the row axis; None = from the beginning. frame: index of its first frame.
+        dreams: its frames are drawn from the model instead of filtered; what portions bring only says how many.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class StreamSpec:
     frame_s: float = 0.0
     state: Mapping[str, NDArray[Any]] | None = None
     frame: int = 0
+    dreams: bool = False
 
 
 @dataclass(eq=False, slots=True)

@@ -34,6 +34,7 @@ GENERATIVE: dict[str, FilterGenerativeArchitecture] = {
 INFERENCE: dict[str, FilterInferenceArchitecture] = {
     "avf": IterativeArchitecture(("q_layer_norm", "grad_layer_norm"), (14, 14), highway=True),
     "avf with x": IterativeArchitecture(("x", "q", "grad_log_sign", "error_x", "error_z", "step", "previous_grad"), (14,), recurrent=True),
+    "avf with past": IterativeArchitecture(("x", "past", "q", "grad_log_sign"), (14,), highway=True),
     "own": OwnFilterArchitecture((9,), (12,)),
     "own residual": OwnFilterArchitecture((), (12,), residual=True, encode_mask=True),
     "adam": OptimiserArchitecture("adam"),

@@ -11,12 +11,14 @@ import torch
 from models.architecture import (
     Architecture,
     DirectArchitecture,
+    FilterArchitecture,
     InferenceArchitecture,
     IterativeArchitecture,
     OptimiserArchitecture,
     VAEArchitecture,
+    VRNNArchitecture,
 )
-from models.catalogue import build, infer_with
+from models.catalogue import build, build_filter, infer_with
 
 SMALL = Architecture(VAEArchitecture(6, 2, (8,)), IterativeArchitecture(hidden=(8,)))
 
@@ -65,7 +67,7 @@ def test_an_unknown_kind_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("encodings", [("x", "hessian"), ("hessian",)])
 def test_an_unknown_encoding_is_refused_by_name(encodings: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="encodings: 'hessian' is unknown: one of x, grad_raw"):
+    with pytest.raises(ValueError, match="encodings: 'hessian' is unknown: one of x, past, grad_raw"):
         build(replace(SMALL, inference=IterativeArchitecture(encodings)))
 
 
@@ -74,3 +76,16 @@ def test_encodings_that_say_nothing_about_lambda_are_refused(encodings: tuple[st
     """The network would be applied again and again to the same input; before, it failed at the first step."""
     with pytest.raises(ValueError, match="say nothing about λ"):
         build(replace(SMALL, inference=IterativeArchitecture(encodings)))
+
+
+def test_only_a_filter_has_a_past_to_read() -> None:
+    with pytest.raises(ValueError, match="encodings: only a filter's refiner can read the past"):
+        build(replace(SMALL, inference=IterativeArchitecture(("x", "past", "q"))))
+
+
+def test_a_refiner_that_reads_the_past_needs_one() -> None:
+    model = build_filter(FilterArchitecture(VRNNArchitecture(5, 2, 4), IterativeArchitecture(("past", "q"), (6,))), seed=0)
+    x = torch.zeros(2, 5)
+    assert model.inference.context(x, x, torch.ones(2, 4))["x_embedding"].shape == (2, 6)
+    with pytest.raises(ValueError, match="past: this refiner needs"):
+        model.inference.context(x, x)

@@ -52,6 +52,7 @@ def outputs(served: FilterPrograms, name: str, known: dict[str, Tensor]) -> dict
         ("srnn", "avf", ("predict", "step", "advance", "sample_x", FRAME), ("torchscript",)),
         ("vrnn", "avf with x", ("step", FRAME), ("torchscript",)),
         ("vrnn quantised", "avf", ("step",), ("torchscript",)),
+        ("vrnn", "avf with past", ("step", FRAME), ("torchscript", "onnx")),
         ("linear gaussian", "avf", ("step", "advance"), ("torchscript",)),
         ("vrnn gru bernoulli", "own", ("predict", "init", FRAME), ("torchscript",)),
         ("srnn", "avf", ("step", "advance"), ("onnx",)),

@@ -1,0 +1,57 @@
+"""Sequences drawn from a filter's generative model: `generate`, from the beginning or on from a state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from service.errors import InvalidInput
+from service.jobs import spread
+from service.repository import ServedModel
+from service.schemas import DEFAULT_STREAM_PARTS, DreamBody
+from service.streams.opening import refuse_foreign, spec_of
+from service.streams.stateless import FRESH, Frames, snapshot_after
+from service.streams.stream import Portion, StreamSpec
+from service.streams.tokens import Snapshot, Tokens
+
+
+def read_dreams(body: DreamBody, model: ServedModel, tokens: Tokens, key_id: str, max_rows: int) -> list[Frames]:
+    """What each sequence of `body` begins with; its frames are blank, and only their number counts.
+
+    Raises:
+        InvalidInput: too many frames. TokenRefused: as `Tokens.read`, or the state has samples waiting for their frame.
+    """
+    if body.count * body.frames > max_rows:
+        raise InvalidInput.at("frames", f"must be at most {max_rows} over all sequences, not {body.count} x {body.frames}")
+    snapshot = None if body.state is None else tokens.read(body.state, model.sha256, key_id)
+    if snapshot is not None:
+        refuse_foreign(snapshot)
+    blank = np.zeros((body.frames, model.card.x.size), np.float32)
+    return [Frames(_settings(seed, model, snapshot), snapshot, blank, None) for seed in spread(body.seed, body.count).tolist()]
+
+
+def dream_spec(frames: Frames) -> StreamSpec:
+    """Of the stream that draws one of them."""
+    return replace(spec_of(frames.settings, 0.0, frames.snapshot), dreams=True)
+
+
+def dream_result(portion: Portion, frames: Frames, model: ServedModel, tokens: Tokens, key_id: str) -> dict[str, Any]:
+    """One sequence: its frames as drawn, the mean of each one's prediction, and the state after the last."""
+    after = snapshot_after(portion, frames.settings, frames.snapshot.summary if frames.snapshot else FRESH)
+    shape = (-1, *model.card.x.shape)
+    return {
+        "frame": portion.first_frame,
+        "frames": np.stack([shown["x"] for shown in portion.shown]).reshape(shape),
+        "mean": np.stack([shown["mean"] for shown in portion.shown]).reshape(shape),
+        "state": tokens.issue(after, model.sha256, key_id),
+    }
+
+
+def _settings(seed: int, model: ServedModel, snapshot: Snapshot | None) -> dict[str, Any]:
+    """As for frames that are filtered: whoever goes on from the state may filter what comes next."""
+    card = model.card
+    before = {} if snapshot is None else dict(snapshot.settings)
+    fresh = {"sample_rate": card.x.sample_rate, "encoding": "json", "steps": card.trained_steps, "elastic": False, "token_every": 0}
+    return {**fresh, "return": list(DEFAULT_STREAM_PARTS), **before, "seed": seed}
