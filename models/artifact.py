@@ -69,7 +69,8 @@ class ProgramSpec(_Frozen):
 
 
 class XSpec(_Frozen):
-    """What one row of x is, as a client sends it."""
+    """What one row of x is, as a client sends it. `mean` and `std`: of all entries of the training data, where the model standardises by
+    them; such densities are of standardised entries."""
 
     shape: tuple[int, ...]
     dtype: Literal["float32"] = "float32"
@@ -78,6 +79,8 @@ class XSpec(_Frozen):
     units: str = "nats per row"
     description: str = ""
     sample_rate: int | None = None
+    mean: float | None = None
+    std: float | None = Field(default=None, gt=0)
 
     @property
     def size(self) -> int:

@@ -85,6 +85,8 @@ def _describe_x(model: FilterModel, sequences: Sequences, likelihood: str) -> XS
         units=UNITS.get(likelihood, "nats per frame"),
         description=said,
         sample_rate=sequences.sample_rate,
+        mean=sequences.mean,
+        std=sequences.std,
     )
 
 

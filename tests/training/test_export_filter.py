@@ -43,6 +43,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def test_the_card_says_what_a_stream_needs(artifact: Artifact) -> None:
     card = artifact.card
     assert (card.family, card.trained_steps, card.max_steps, card.x.shape) == ("filter", 2, 16, (88,))
+    assert (card.x.mean, card.x.std) == (None, None), "piano rolls are not standardised"
     assert {"predict", "step", "advance", FRAME, "sample_x"} == set(card.programs)
     assert {spec.name for spec in card.state} == {"state.h", "state.c", "state.z"}
     assert card.curve.steps == card.quantiles.steps
