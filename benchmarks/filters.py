@@ -31,7 +31,7 @@ from training.evaluate_filter import FilterEffort, FilterEvaluation, evaluate_fi
 
 METHODS = {"jsb": ("own", "avf1", "avf5"), "nottingham": ("own", "avf1", "avf5"), "speech": ("own", "avf1", "avf2", "avf4", "avf8")}
 SEEDS = {"jsb": (0, 1, 2), "nottingham": (0,), "speech": (0,)}
-SECONDS = {"jsb": 400.0, "nottingham": 600.0, "speech": 160.0}
+SECONDS = {"jsb": 400.0, "nottingham": 600.0, "speech": 420.0}
 PUBLISHED = {"jsb-own": 6.92, "jsb-avf5": 6.77, "nottingham-own": 3.19, "nottingham-avf1": 3.13}
 EFFORT = FilterEffort(seeds=2, particle_sequences=8, gap_sequences=8, gap_frames=4)
 
