@@ -130,6 +130,7 @@ def running(contender: Contender, artifact: Path, peers: Path, port: int, settin
     if contender.name == "elbow":
         command = [sys.executable, "-m", "service", "run"]
         environment |= {"ELBOW_PORT": str(port), "ELBOW_REPOSITORY": str(artifact.parents[1]), "PYTHONPATH": str(HERE.parent)}
+        environment |= {f"ELBOW_{name.upper()}": str(value) for name, value in settings.items()}
     else:
         python = (peers / contender.name / "bin" / "python").absolute()
         options = {"artifact": artifact.absolute(), "port": port, "threads": threads, **settings}
