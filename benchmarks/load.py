@@ -158,7 +158,9 @@ def compare(bench: Bench, chosen: list[Contender], seconds: float, rounds: int) 
         for contender in chosen:
             figures, one = bench.measure(contender, settings[contender.name], seconds)
             measured[contender.name].append(figures)
-            print(f"{contender.name}: {figures['requests_per_s']:.0f} requests/s, p99 {figures['p99_ms']:.0f} ms", file=sys.stderr, flush=True)
+            print(
+                f"{contender.name}: {figures['requests_per_s']:.0f} requests/s, p99 {figures['p99_ms']:.0f} ms", file=sys.stderr, flush=True
+            )
             alone += [one] if one else []
     medians = {name: _medians(figures) for name, figures in measured.items()}
     columns = ("requests_per_s", "p50_ms", "p99_ms", "max_ms", "elbo_4_steps", "refused", "broken")

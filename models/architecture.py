@@ -78,6 +78,13 @@ class OwnFilterArchitecture:
 
 
 @dataclass(frozen=True)
+class KalmanArchitecture:
+    """The exact filter, of the linear-Gaussian model only."""
+
+    kind: Literal["kalman"] = "kalman"
+
+
+@dataclass(frozen=True)
 class DirectArchitecture:
     """A standard encoder, λ = f(x). `encode_mask`: it also reads which entries are observed."""
 
@@ -142,7 +149,7 @@ AVF = IterativeArchitecture(encodings=("q_layer_norm", "grad_layer_norm"), hidde
 """The inference network of amortized variational filtering as published (Marino, Cvitkovic & Yue 2018, section 5.1)."""
 
 FilterGenerativeArchitecture = VRNNArchitecture | SRNNArchitecture | LinearGaussianArchitecture
-FilterInferenceArchitecture = IterativeArchitecture | OwnFilterArchitecture | OptimiserArchitecture
+FilterInferenceArchitecture = IterativeArchitecture | OwnFilterArchitecture | KalmanArchitecture | OptimiserArchitecture
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,7 @@ _KINDS: dict[str, type] = {
     "srnn": SRNNArchitecture,
     "linear_gaussian": LinearGaussianArchitecture,
     "own_filter": OwnFilterArchitecture,
+    "kalman": KalmanArchitecture,
     "direct": DirectArchitecture,
     "iterative": IterativeArchitecture,
     **dict.fromkeys(("sgd", "momentum", "rmsprop", "adam"), OptimiserArchitecture),

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from models.architecture import Architecture, FilterArchitecture, IterativeArchitecture, OwnFilterArchitecture
+from models.architecture import Architecture, FilterArchitecture, IterativeArchitecture, KalmanArchitecture, OwnFilterArchitecture
 from models.generative.base import Generative
 from models.generative.filter import FilterGenerative
 from models.generative.linear_gaussian import LinearGaussian
@@ -18,6 +18,7 @@ from models.generative.vrnn import VRNN
 from models.inference.base import Inference
 from models.inference.direct import DirectEncoder
 from models.inference.iterative import IterativeInference
+from models.inference.kalman import KalmanFilter
 from models.inference.optimisers import SGD, Adam, Momentum, RMSProp
 from models.inference.own_filter import OwnFilter
 from models.likelihood import LIKELIHOODS
@@ -89,6 +90,10 @@ def infer_with(generative: Generative | FilterGenerative, architecture: Any) -> 
         if not isinstance(generative, FilterGenerative):
             raise ValueError("architecture: a custom-designed filter needs a sequence model")
         return OwnFilter(architecture, generative.x_size, generative.latent_sizes, generative.summary_size)
+    if isinstance(architecture, KalmanArchitecture):
+        if not isinstance(generative, LinearGaussian):
+            raise ValueError("architecture: the Kalman filter is exact for the linear-Gaussian model, and for no other")
+        return KalmanFilter(generative)
     if isinstance(architecture, IterativeArchitecture) and isinstance(generative, FilterGenerative):
         return IterativeInference(architecture, generative.x_size, generative.latent_sizes, generative.summary_size)
     return _row(INFERENCE, "kind", architecture.kind)(architecture, generative.x_size, generative.latent_sizes)

@@ -7,7 +7,7 @@ filter's for D = 1, where the belief after a frame is q itself. A diagonal q can
 1/diag(P⁻¹ + CᵀR⁻¹C)), so there V follows the Riccati recursion and only the mean comes from λ. The expectation of the
 log-likelihood is taken in closed form: no noise reaches the ELBO.
 
-Everything is written in products and sums, one observed entry at a time, so that it exports. Shapes: B rows, S samples, D
+Everything is written in products and sums, so that it exports. Shapes: B rows, S samples, D
 latent size, X size of x.
 """
 
@@ -35,7 +35,7 @@ class LinearGaussian(FilterGenerative):
         self.log_sigma = nn.Parameter(torch.full((size,), -0.5))
         self.first_mean = nn.Parameter(torch.zeros(1, latent))
         self.first = nn.Parameter(torch.eye(latent))
-        self.summary_size = latent
+        self.summary_size = latent + latent**2
 
     @staticmethod
     def of(system: LinearSystem) -> LinearGaussian:
@@ -82,16 +82,17 @@ class LinearGaussian(FilterGenerative):
     def transition(self, context: dict[str, Tensor], x: Tensor, mask: Tensor, q: DiagonalGaussian, z: Tensor) -> FilterState:
         if self.latent_sizes[0] == 1:
             return {"m": q.mu, "V": torch.exp(2 * q.log_sigma)}
-        V = self._square(context["P"])
-        for i in range(self.x_size):
-            # R is diagonal, so entries may be taken one by one: V − V c (cᵀ V c + r)⁻¹ cᵀ V, and none where nothing was seen
-            Vc = V @ self.C[i]
-            innovation = (Vc * self.C[i]).sum(-1, keepdim=True) + torch.exp(2 * self.log_sigma[i])
-            V = V - Vc.unsqueeze(-1) * (Vc * mask[:, i : i + 1] / innovation).unsqueeze(-2)
-        return {"m": q.mu, "V": V.flatten(1)}
+        return {"m": q.mu, "V": self.corrected(self._square(context["P"]), mask)[0].flatten(1)}
+
+    def corrected(self, P: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The belief's covariance after a frame of which entries were seen, and its inverse, P⁻¹ + Σ c cᵀ / r: (B, D, D) each."""
+        weight = mask * torch.exp(-2 * self.log_sigma)
+        information = inverse_and_log_det(P)[0] + (self.C.mT * weight.unsqueeze(1)) @ self.C
+        return inverse_and_log_det(information)[0], information
 
     def summary(self, context: dict[str, Tensor]) -> Tensor:
-        return context["m"]
+        """All that is known before the frame: m and P."""
+        return torch.cat([context["m"], context["P"]], -1)
 
     def prior_kl(self, prediction: Prediction, q: DiagonalGaussian) -> Tensor:
         if self.latent_sizes[0] == 1:

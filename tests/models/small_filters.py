@@ -10,6 +10,7 @@ from models.architecture import (
     FilterGenerativeArchitecture,
     FilterInferenceArchitecture,
     IterativeArchitecture,
+    KalmanArchitecture,
     LinearGaussianArchitecture,
     OptimiserArchitecture,
     OwnFilterArchitecture,
@@ -42,8 +43,8 @@ INFERENCE: dict[str, FilterInferenceArchitecture] = {
 
 
 def small_filter(generative: str, inference: str, dtype: torch.dtype = torch.float64) -> FilterModel:
-    """A model of the two kinds named, whose refiner's heads are not at zero, so that every step moves λ."""
-    model = build_filter(FilterArchitecture(GENERATIVE[generative], INFERENCE[inference]), seed=0)
+    """A model of the two kinds named (or "kalman"), whose refiner's heads are not at zero, so that every step moves λ."""
+    model = build_filter(FilterArchitecture(GENERATIVE[generative], INFERENCE.get(inference, KalmanArchitecture())), seed=0)
     heads = getattr(model.inference, "heads", None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

@@ -52,6 +52,8 @@ def outputs(served: FilterPrograms, name: str, known: dict[str, Tensor]) -> dict
         ("srnn", "avf", ("predict", "step", "advance", "sample_x", FRAME), ("torchscript",)),
         ("vrnn", "avf with x", ("step", FRAME), ("torchscript",)),
         ("vrnn quantised", "avf", ("step",), ("torchscript",)),
+        ("linear gaussian", "kalman", ("init", "advance", FRAME), ("torchscript", "onnx")),
+        ("linear gaussian 1-D", "kalman", ("init",), ("onnx",)),
         ("vrnn", "avf with past", ("step", FRAME), ("torchscript", "onnx")),
         ("linear gaussian", "avf", ("step", "advance"), ("torchscript",)),
         ("vrnn gru bernoulli", "own", ("predict", "init", FRAME), ("torchscript",)),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from training.config import RunConfig
-from training.runs import mnist, music, speech
+from training.runs import mnist, motion, music, speech
 from training.sequence_config import SequenceRunConfig
 
 RUNS: dict[str, Callable[[], RunConfig | SequenceRunConfig]] = {
@@ -18,6 +18,7 @@ RUNS: dict[str, Callable[[], RunConfig | SequenceRunConfig]] = {
     "digits-tiny": mnist.digits_tiny,
     "digits-masked": mnist.digits_masked,
     "digits-grey": mnist.digits_grey,
+    **motion.runs(),
     **music.runs(),
     **speech.runs(),
 }
