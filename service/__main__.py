@@ -15,7 +15,7 @@ import numpy as np
 
 from models.artifact import Arrays, Artifact, ArtifactError, Signer, sign_artifact
 from service.engine.base import Engine
-from service.engine.parity import reduced_programs, verify_parity, verify_precision
+from service.engine.parity import PrecisionRefused, reduced_programs, verify_parity, verify_precision
 from service.settings import flag_names
 from service.signing import signer_of, signer_with
 
@@ -120,8 +120,12 @@ def _engines(artifact: Artifact, threads: int) -> list[Engine]:
     engines = []
     for name in available_engines():
         if name in formats:
-            offered = artifact.card.precisions if name == "onnx" else ()
-            engines += [build_engine(artifact, name, threads, precision=precision) for precision in ("float32", *offered)]
+            engines.append(build_engine(artifact, name, threads))
+            for precision in artifact.card.precisions if name == "onnx" else ():
+                try:
+                    engines.append(build_engine(artifact, name, threads, precision=precision))
+                except PrecisionRefused as exc:  # by this processor: the artifact is sound, and served in float32
+                    print(f"{name} {precision}: not on this machine, which serves float32 instead: {exc}", file=sys.stderr)
     if not engines:
         raise ArtifactError(f"{artifact.path}: has {sorted(formats)}, installed are {available_engines()}: nothing can run it")
     return engines

@@ -16,6 +16,7 @@ from service.engine.onnx import OnnxEngine
 from service.scheduler.job import Ask, Budget, Job, StopReason
 from service.scheduler.scheduler import Scheduler
 from service.stream_client import read_sound
+from tests.int8 import needs_exact_int8
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = {name: path for name, _, path in list_versions(ROOT / "checkpoints")}
@@ -100,6 +101,7 @@ def test_the_direct_model_answers_any_number_of_steps_with_none_and_is_worse(ite
     assert serve(iterative, digits[:500], 5, 16).elbo.mean() > result.elbo.mean() + 0.9
 
 
+@needs_exact_int8
 @pytest.mark.parametrize("name", ["mnist-iterative", "mnist-direct"])
 def test_int8_costs_on_these_digits_what_the_card_says(name, digits):
     artifact = Artifact.open(SHIPPED[name])

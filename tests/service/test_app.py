@@ -18,6 +18,7 @@ from service.app import build_engine, create_app
 from service.client import AsyncElbowClient, ElbowHTTPError
 from service.engine.closed_form import ClosedFormEngine
 from service.settings import Settings
+from tests.int8 import needs_exact_int8
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 ENGINE = ClosedFormEngine()
@@ -269,6 +270,7 @@ def test_a_recurrent_model_goes_on_bit_for_bit_from_its_carry(tiny_repository, e
     assert equal(both, whole)
 
 
+@needs_exact_int8
 def test_int8_is_served_where_a_card_offers_it_and_every_reply_says_so(tmp_path):
     for name in ("mnist-iterative", "jsb-filter"):
         (tmp_path / name).mkdir()

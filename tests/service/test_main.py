@@ -18,6 +18,9 @@ import pytest
 
 from models.artifact import SIGNATURE
 from service import __main__ as cli
+from service import app as service_app
+from service.engine.parity import PrecisionRefused
+from tests.int8 import needs_exact_int8
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "mnist-iterative" / "1"
 
@@ -116,6 +119,25 @@ def test_bench_prints_microseconds_by_engine_and_batch(artifact, capsys, monkeyp
     assert all(int(number) > 0 for row in rows for number in row.split()[1:])
 
 
+def test_check_and_bench_pass_over_a_precision_that_this_processor_refuses(capsys, monkeypatch):
+    """The artifact is sound, and such a machine serves it in float32."""
+    plain = service_app.build_engine
+
+    def build(artifact, name, threads=1, **options):
+        if options.get("precision") == "int8":
+            raise PrecisionRefused("loses 0.478 nats")
+        return plain(artifact, name, threads, **options)
+
+    monkeypatch.setattr(service_app, "build_engine", build)
+    monkeypatch.setattr(cli, "BENCH_SECONDS", 0.01)
+    for command in ("check", "bench"):
+        assert cli.main([command, str(SHIPPED)]) == 0
+        out, err = capsys.readouterr()
+        assert "int8" not in out
+        assert "onnx int8: not on this machine, which serves float32 instead: loses 0.478 nats" in err
+
+
+@needs_exact_int8
 def test_check_and_bench_cover_int8_where_the_card_offers_it(capsys, monkeypatch):
     monkeypatch.setattr(cli, "BENCH_SECONDS", 0.01)
     assert cli.main(["check", str(SHIPPED)]) == 0

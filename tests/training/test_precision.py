@@ -13,6 +13,7 @@ import torch
 from models.architecture import IterativeArchitecture
 from models.artifact import CARD, ELBO_REFERENCE, WEIGHTS, Artifact, Signer, write_card
 from models.catalogue import build
+from tests.int8 import needs_exact_int8
 from training import precision
 from training.__main__ import main
 from training.checkpoint import CheckpointError, save_weights
@@ -54,6 +55,7 @@ def plain(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@needs_exact_int8
 def test_a_quantised_artifact_is_the_same_artifact_with_int8_offered(plain: Path, tmp_path: Path) -> None:
     signer = Signer(secret=b"secret")
     made, before = Artifact.open(quantise(plain, tmp_path, rows=32, signer=signer), signer), Artifact.open(plain)

@@ -14,6 +14,7 @@ from service.engine.onnx import OnnxEngine
 from service.engine.parity import PrecisionRefused, verify_precision
 from service.scheduler.job import Ask, JobResult
 from service.scheduler.scheduler import Scheduler
+from tests.int8 import needs_exact_int8
 from tests.service.scheduler.support import Clock, job, run
 
 CHECKPOINTS = Path(__file__).parents[3] / "checkpoints"
@@ -37,6 +38,7 @@ def arrays(engine: OnnxEngine, program: str, rows: int, samples: int = 2) -> dic
     return made | {name: (made[name] > 0).astype(np.float32) for name in ("x", "mask") if name in made}
 
 
+@needs_exact_int8
 @pytest.mark.parametrize("rows", [1, 2, 7, 64, 100])
 def test_a_row_has_the_same_bits_in_any_batch(int8: OnnxEngine, rows: int) -> None:
     for program in ("init", "step"):
@@ -47,6 +49,7 @@ def test_a_row_has_the_same_bits_in_any_batch(int8: OnnxEngine, rows: int) -> No
             assert all(np.array_equal(value[0], together[name][row]) for name, value in alone.items()), (program, row)
 
 
+@needs_exact_int8
 def test_an_answer_does_not_depend_on_who_shares_the_batch(int8: OnnxEngine) -> None:
     """Through the scheduler, all the way from x to λ after ten steps, beside rows of quite another size."""
     rng = np.random.default_rng(0)
@@ -66,6 +69,7 @@ def test_an_answer_does_not_depend_on_who_shares_the_batch(int8: OnnxEngine) -> 
     assert all(np.array_equal(value, shared.carry[name]) for name, value in alone.carry.items())
 
 
+@needs_exact_int8
 def test_a_row_that_turns_non_finite_keeps_its_posterior_and_says_so(int8: OnnxEngine) -> None:
     given = arrays(int8, "step", 4)
     given["q0.mu"][1, 40] = np.nan
@@ -75,6 +79,7 @@ def test_a_row_that_turns_non_finite_keeps_its_posterior_and_says_so(int8: OnnxE
     assert np.array_equal(out["q0.log_sigma"][1], given["q0.log_sigma"][1])
 
 
+@needs_exact_int8
 def test_programs_that_measure_stay_float32_and_are_held_to_parity(int8: OnnxEngine, shipped: Artifact) -> None:
     assert set(int8.parity) == set(shipped.card.programs) - {"init", "step"}
     assert max(int8.parity.values()) <= 1e-4
@@ -145,9 +150,19 @@ def test_where_it_cannot_be_had_a_model_is_served_in_float32_and_the_log_says_wh
         assert reason in record.__dict__["reason"]
         with pytest.raises(PrecisionRefused, match=reason):
             build_engine(artifact, engine, 1, precision="int8")
-    caplog.clear()
+
+
+@needs_exact_int8
+def test_where_it_can_be_had_nothing_is_said(shipped: Artifact, caplog: pytest.LogCaptureFixture) -> None:
     assert build_preferred("int8", shipped, engine="auto", threads=1).precision == "int8"
     assert not caplog.records
+
+
+@pytest.mark.skipif("not __import__('tests.int8').int8.saturates()", reason="products of int8 are exact on this processor")
+def test_a_processor_that_saturates_serves_the_shipped_model_in_float32(shipped: Artifact) -> None:
+    with pytest.raises(PrecisionRefused, match="loses"):
+        OnnxEngine(shipped, precision="int8")
+    assert build_preferred("int8", shipped, engine="auto", threads=1).precision == "float32"
 
 
 def test_an_artifact_without_its_reference_rows_is_refused(shipped: Artifact, tmp_path: Path) -> None:
