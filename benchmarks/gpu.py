@@ -36,7 +36,7 @@ from service.engine.torchscript_device import LARGEST_BUCKET, TorchScriptDeviceE
 from service.noise import Keys, Purpose, words
 from service.scheduler.job import Ask, Budget, Job
 from service.scheduler.scheduler import Scheduler
-from service.streams.lane import FrameNoise
+from service.streams.frame_noise import FrameNoise
 from training.checkpoint import load_static
 from training.data.binarise import observe
 from training.evaluate import BINARISE_SEED

@@ -10,11 +10,11 @@ import numpy as np
 from service.errors import InvalidInput
 from service.jobs import spread
 from service.repository import ServedModel
-from service.schemas import DEFAULT_STREAM_PARTS, DreamBody
-from service.streams.opening import refuse_foreign, spec_of
-from service.streams.stateless import FRESH, Frames, snapshot_after
+from service.schemas import DreamBody, FilterBody
+from service.streams.opening import spec_of
+from service.streams.stateless import FRESH, Frames, settings_for, snapshot_after
 from service.streams.stream import Portion, StreamSpec
-from service.streams.tokens import Snapshot, Tokens
+from service.streams.tokens import Tokens
 
 
 def read_dreams(body: DreamBody, model: ServedModel, tokens: Tokens, key_id: str, max_rows: int) -> list[Frames]:
@@ -26,10 +26,10 @@ def read_dreams(body: DreamBody, model: ServedModel, tokens: Tokens, key_id: str
     if body.count * body.frames > max_rows:
         raise InvalidInput.at("frames", f"must be at most {max_rows} over all sequences, not {body.count} x {body.frames}")
     snapshot = None if body.state is None else tokens.read(body.state, model.sha256, key_id)
-    if snapshot is not None:
-        refuse_foreign(snapshot)
     blank = np.zeros((body.frames, model.card.x.size), np.float32)
-    return [Frames(_settings(seed, model, snapshot), snapshot, blank, None) for seed in spread(body.seed, body.count).tolist()]
+    # as for frames that are filtered: whoever goes on from the state after a dream may filter what comes next
+    bodies = [FilterBody.model_validate({"frames": [], "seed": seed}) for seed in spread(body.seed, body.count).tolist()]
+    return [Frames(settings_for(one, model, snapshot), snapshot, blank, None) for one in bodies]
 
 
 def dream_spec(frames: Frames) -> StreamSpec:
@@ -47,11 +47,3 @@ def dream_result(portion: Portion, frames: Frames, model: ServedModel, tokens: T
         "mean": np.stack([shown["mean"] for shown in portion.shown]).reshape(shape),
         "state": tokens.issue(after, model.sha256, key_id),
     }
-
-
-def _settings(seed: int, model: ServedModel, snapshot: Snapshot | None) -> dict[str, Any]:
-    """As for frames that are filtered: whoever goes on from the state may filter what comes next."""
-    card = model.card
-    before = {} if snapshot is None else dict(snapshot.settings)
-    fresh = {"sample_rate": card.x.sample_rate, "encoding": "json", "steps": card.trained_steps, "elastic": False, "token_every": 0}
-    return {**fresh, "return": list(DEFAULT_STREAM_PARTS), **before, "seed": seed}

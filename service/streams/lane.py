@@ -15,29 +15,25 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact import Arrays, Card
+from models.artifact import Arrays
 from service.engine.base import Engine, Outputs
 from service.errors import BackendFailure, Overloaded, ShuttingDown, UnknownModel
-from service.noise import Keys, Purpose, words
+from service.noise import Purpose
 from service.scheduler.cost import CostModel
+from service.streams.frame_noise import FRAME, FrameNoise
 from service.streams.stream import Portion, Stream
 from service.telemetry import named
 
 _LOG = logging.getLogger("elbow.streams")
-FRAME = "frame_K"
 WARM_UP_CALLS, LARGEST_WARM_UP = 3, 256
 LATE_S = 0.1
 """An elastic stream gives up half of its steps for every so many seconds that it lags."""
-NOISE_FRAMES, NOISE_AT_ONCE = 64, 2048
-"""Most frames of one portion, and of all portions together, whose noise is drawn in one go: a call for some dozens costs about what one
-for a single frame does, and a call for a long portion would hold up every lane."""
 URGENT_S = 0.02
 """A frame counts as due this long after it was spoken, when lanes compete."""
 
@@ -279,21 +275,31 @@ class StreamLane:
         if not predicts:
             self._observe(steps, len(streams), self._clock() - started)
         kl = outputs["kl"].astype(np.float64).reshape(len(streams), -1).sum(1)
-        elbo = log_likelihood - kl
-        self.counts.nonfinite += int(np.count_nonzero(~np.isfinite(elbo)))
+        self.counts.nonfinite += int(np.count_nonzero(~np.isfinite(log_likelihood - kl)))
         used = np.where(mask.any(1), steps, 0)
-        self.counts.frames += len(streams)
         self.counts.steps += int(used.sum())
-        rows = zip(streams, portions, elbo.tolist(), log_likelihood.tolist(), kl.tolist(), used.tolist(), strict=True)
-        for row, (stream, portion, one_elbo, one_log_likelihood, one_kl, one_used) in enumerate(rows):
+        self.counts.degraded += sum(1 for stream, one in zip(streams, used.tolist(), strict=True) if one and steps < stream.spec.steps)
+        self._put_down(streams, log_likelihood, kl, used, shown)
+
+    def _put_down(
+        self,
+        streams: list[Stream],
+        log_likelihood: NDArray[np.float64],
+        kl: NDArray[np.float64],
+        used: NDArray[np.int64],
+        shown: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Writes a frame of each of `streams` into its portion, and moves on to the next."""
+        self.counts.frames += len(streams)
+        rows = zip(streams, (log_likelihood - kl).tolist(), log_likelihood.tolist(), kl.tolist(), used.tolist(), strict=True)
+        for row, (stream, one_elbo, one_log_likelihood, one_kl, one_used) in enumerate(rows):
+            portion = stream.portions[0]
             if portion.done == 0:
                 portion.first_frame = stream.frame
             portion.elbo.append(one_elbo)
             portion.log_likelihood.append(one_log_likelihood)
             portion.kl.append(one_kl)
             portion.steps_used.append(one_used)
-            if one_used and steps < stream.spec.steps:
-                self.counts.degraded += 1
             if stream.shows:
                 portion.shown.append({name: value[row] for name, value in shown.items()})
             portion.done += 1
@@ -305,7 +311,6 @@ class StreamLane:
         """The next frame of each, drawn from the model: z from the prediction, x from p(x|z), and the state moves on with both."""
         for stream in streams:
             self._place(stream)
-        portions = [stream.portions[0] for stream in streams]
         slots = np.array([stream.slot for stream in streams], np.intp)
         seeds = np.array([stream.spec.seed for stream in streams], np.uint64)
         frames = np.array([stream.frame for stream in streams], np.int64)
@@ -316,21 +321,8 @@ class StreamLane:
         x = engine.run("sample_x", {**parameters, **self._noise.sample_x(seeds, frames)})["x"][:, 0]
         given = {"x": x, "mask": np.ones_like(x), **self._noise.advance(seeds, frames, Purpose.PRIOR)}
         outputs = engine.run_rows("advance", slots, given, guard="log_likelihood")
-        log_likelihood, kl = outputs["log_likelihood"].tolist(), outputs["kl"].reshape(len(streams), -1).sum(1).tolist()
-        self.counts.frames += len(streams)
-        mean = predicted["mean"][:, 0]
-        for row, (stream, portion) in enumerate(zip(streams, portions, strict=True)):
-            if portion.done == 0:
-                portion.first_frame = stream.frame
-            portion.elbo.append(log_likelihood[row] - kl[row])
-            portion.log_likelihood.append(log_likelihood[row])
-            portion.kl.append(kl[row])
-            portion.steps_used.append(0)
-            portion.shown.append({"x": x[row], "mean": mean[row]})
-            portion.done += 1
-            stream.frame += 1
-            if portion.done == len(portion.x):
-                self._without_frames(stream)
+        log_likelihood, kl = (outputs[name].astype(np.float64).reshape(len(streams), -1).sum(1) for name in ("log_likelihood", "kl"))
+        self._put_down(streams, log_likelihood, kl, np.zeros(len(streams), np.int64), {"x": x, "mean": predicted["mean"][:, 0]})
 
     def _programs(
         self, slots: NDArray[np.intp], given: Arrays, portions: list[Portion], steps: int, predicts: bool, shows: bool
@@ -364,97 +356,3 @@ class StreamLane:
 def _requests_of(streams: Iterable[Stream]) -> list[str]:
     """Who brought the portions in front. Engine thread only, which alone takes portions away."""
     return named(stream.portions[0].request_id for stream in streams if stream.portions)
-
-
-class FrameNoise:
-    """The noise of frames, keyed by (seed, frame, step): (R, …) arrays by the names of the programs' inputs, or (`keyed`) the keys
-    of them, for an engine that draws its own."""
-
-    def __init__(self, card: Card, keyed: bool = False):
-        self._card, self._keyed = card, keyed
-        self._latent = card.levels[0].size
-        self._samples, self._antithetic = card.samples, card.antithetic
-
-    def step(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], step: int) -> dict[str, Any]:
-        return {"noise0": self._one(seeds, frames, (step, Purpose.REFINE))}
-
-    def advance(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], purpose: Purpose = Purpose.DRAW) -> dict[str, Any]:
-        return {self._name("advance", "noise_advance"): self._one(seeds, frames, (0, purpose))}
-
-    def predict(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> dict[str, Any]:
-        return {self._name("predict", "noise0"): self._one(seeds, frames, (0, Purpose.PRIOR))}
-
-    def sample_x(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> Arrays:
-        """One draw of x per row: the program runs on arrays, not on slots, so its noise is one."""
-        size, rows = self._card.x.size, len(seeds)
-        word = np.broadcast_to(words(0, level=0, purpose=Purpose.SAMPLE_X), (rows, 1))
-        return {self._name("sample_x", "noise_x"): Keys(seeds, word, np.zeros(rows, np.int64), frames, 1, size, (1, size), False).draw()}
-
-    def ahead(self, portions: list[Portion]) -> dict[str, Any]:
-        """For the fused program, the very numbers that `step` and `advance` would get: of the next frames of a portion at once."""
-        if self._keyed:
-            seeds = np.array([portion.stream.spec.seed for portion in portions], np.uint64)
-            return self._fused(seeds, np.array([portion.stream.frame for portion in portions], np.int64))
-        new = [portion for portion in portions if portion.noise is None or portion.done - portion.noise_from >= len(portion.noise)]
-        if new:
-            most = min(NOISE_FRAMES, max(1, NOISE_AT_ONCE // len(new)))
-            left = [min(most, len(portion.x) - portion.done) for portion in new]
-            seeds = np.repeat(np.array([portion.stream.spec.seed for portion in new], np.uint64), left)
-            frames = np.concatenate([np.arange(p.stream.frame, p.stream.frame + n) for p, n in zip(new, left, strict=True)])
-            drawn = self._keys(seeds, frames, [*self._refining(), (0, Purpose.DRAW)]).draw()
-            at = 0
-            for portion, count in zip(new, left, strict=True):
-                portion.noise, portion.noise_from = drawn[at : at + count], portion.done
-                at += count
-        rows = np.stack([p.noise[p.done - p.noise_from] for p in portions if p.noise is not None])
-        noise = {"noise_advance": np.ascontiguousarray(rows[:, -1])}
-        return noise | ({"noise0": np.ascontiguousarray(rows[:, :-1])} if self._card.trained_steps else {})
-
-    def blank(self, program: str, rows: int) -> dict[str, Any]:
-        """For warm-up: zeros, or keys of anything."""
-        if self._keyed:
-            seeds, frames = np.zeros(rows, np.uint64), np.zeros(rows, np.int64)
-            wanted = {
-                "predict": lambda: self.predict(seeds, frames),
-                "step": lambda: self.step(seeds, frames, 0),
-                "advance": lambda: self.advance(seeds, frames),
-                FRAME: lambda: self._fused(seeds, frames),
-            }
-            return wanted[program]() if program in wanted else {}
-        axes = {"rows": rows, "samples": self._samples}
-        return {
-            spec.name: np.zeros([axes[size] if isinstance(size, str) else size for size in spec.shape], np.float32)
-            for spec in self._card.programs[program].inputs
-            if spec.name.startswith("noise")
-        }
-
-    def _fused(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64]) -> dict[str, Any]:
-        """Keys for the fused program."""
-        keys: dict[str, Any] = {"noise_advance": self._one(seeds, frames, (0, Purpose.DRAW))}
-        return keys | ({"noise0": self._keys(seeds, frames, self._refining())} if self._card.trained_steps else {})
-
-    def _refining(self) -> list[tuple[int, Purpose]]:
-        return [(step, Purpose.REFINE) for step in range(self._card.trained_steps)]
-
-    def _name(self, program: str, default: str) -> str:
-        return next((spec.name for spec in self._card.programs[program].inputs if spec.name.startswith("noise")), default)
-
-    def _one(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], use: tuple[int, Purpose]) -> Any:
-        """Of one use: (R, S, D), or its keys."""
-        keys = self._keys(seeds, frames, [use])
-        keys = replace(keys, shape=keys.shape[1:])
-        return keys if self._keyed else keys.draw()
-
-    def _keys(self, seeds: NDArray[np.uint64], frames: NDArray[np.int64], uses: list[tuple[int, Purpose]]) -> Keys:
-        """Of (R, uses, S, D)."""
-        word = np.concatenate([words(np.array([step]), level=0, purpose=purpose) for step, purpose in uses])
-        return Keys(
-            seeds,
-            np.broadcast_to(word, (len(seeds), len(word))),
-            np.zeros(len(seeds), np.int64),
-            frames,
-            self._samples,
-            self._latent,
-            (len(uses), self._samples, self._latent),
-            self._antithetic,
-        )

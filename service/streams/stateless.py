@@ -40,7 +40,7 @@ def read_frames(body: FilterBody, model: ServedModel, tokens: Tokens, key_id: st
     x = arrays.read_rows(body.frames, "frames", model.card.x, max_rows)
     mask = None if body.mask is None else arrays.read_mask(body.mask, model.card.x, len(x)).reshape(len(x), -1)
     snapshot = None if body.state is None else tokens.read(body.state, model.sha256, key_id)
-    return Frames(_settings(body, model, snapshot), snapshot, x.reshape(len(x), -1), mask)
+    return Frames(settings_for(body, model, snapshot), snapshot, x.reshape(len(x), -1), mask)
 
 
 def snapshot_after(portion: Portion, settings: Mapping[str, Any], summary: Mapping[str, float]) -> Snapshot:
@@ -61,7 +61,12 @@ def settle(done: asyncio.Future[Portion]) -> Callable[[Portion], None]:
     return settled
 
 
-def _settings(body: FilterBody, model: ServedModel, snapshot: Snapshot | None) -> dict[str, Any]:
+def settings_for(body: FilterBody, model: ServedModel, snapshot: Snapshot | None) -> dict[str, Any]:
+    """What a token repeats, completed from the state and the model.
+
+    Raises:
+        InvalidInput: too many steps. TokenRefused: the state has samples waiting for their frame.
+    """
     before = {} if snapshot is None else dict(snapshot.settings)
     if snapshot is not None:
         refuse_foreign(snapshot)

@@ -102,7 +102,7 @@ class Stream:
         self.spec, self.on_done, self.loop = spec, on_done, loop
         self._began: float | None = None
         self._handed_in = 0
-        self.shows = bool(spec.parts & {"posterior", "reconstruction", "prediction"})
+        self.shows = spec.dreams or bool(spec.parts & {"posterior", "reconstruction", "prediction"})
         """Whether arrays are wanted of every frame, and not only its nats."""
         self.predicts = "prediction" in spec.parts
         self.slot = -1

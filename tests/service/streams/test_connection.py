@@ -18,7 +18,7 @@ from service.keys import Caller, Quota
 from service.repository import Repository
 from service.scheduler.scheduler import Scheduler
 from service.streams.connection import MOST_WAITING, Connection
-from service.streams.lane import NOISE_AT_ONCE, NOISE_FRAMES, FrameNoise
+from service.streams.frame_noise import NOISE_AT_ONCE, NOISE_FRAMES, FrameNoise
 from service.streams.stream import Portion
 from service.telemetry import Call, Metrics
 from tests.service.streams.small_filter import SmallFilter, X
