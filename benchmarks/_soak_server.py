@@ -50,9 +50,9 @@ def end_when_idle(metrics: Any, seconds: float) -> None:
 
 
 def main(fail_every: int, idle_s: float) -> None:
-    from service.__main__ import SWITCH_INTERVAL_S
     from service.app import create_app
     from service.process import serve
+    from service.scheduler.scheduler import SWITCH_INTERVAL_S
     from service.settings import read_settings
     from service.telemetry import configure_logging
 

@@ -23,9 +23,6 @@ BATCHES = (1, 8, 64)
 WARM_UP_CALLS = 5
 BENCH_SECONDS = 0.5
 RUN = "Each flag is also a variable, ELBOW_<FLAG>, and comes before it; secrets are variables only (docs/operations.md has them all)."
-SWITCH_INTERVAL_S = 2e-5
-"""After each run of the engine its thread asks for the interpreter back. With Python's 5 ms it waits for the event loop to pause;
-with this it waits for one request at most (docs/decisions/surface.md has what that is worth)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +44,7 @@ def run(flags: Mapping[str, str] | None = None) -> int:
     """Serves until SIGTERM or Ctrl-C; everything comes from `flags` or from ELBOW_ variables (service/settings.py)."""
     from service.app import create_app
     from service.process import serve
+    from service.scheduler.scheduler import SWITCH_INTERVAL_S
     from service.settings import read_settings
     from service.telemetry import configure_logging
 
@@ -114,7 +112,7 @@ def sign(paths: Sequence[Path], private_key: Path | None) -> int:
 
 
 def _engines(artifact: Artifact, threads: int) -> list[Engine]:
-    from service.app import available_engines, build_engine
+    from service.building import available_engines, build_engine
 
     formats = {format_ for program in artifact.card.programs.values() for format_ in program.files}
     engines = []

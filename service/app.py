@@ -1,13 +1,11 @@
-"""create_app(settings): wires the parts in a lifespan. Besides the command line the only file that names concrete engines."""
+"""create_app(settings): wires the parts in a lifespan."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,14 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from models.artifact import Artifact, ArtifactError, Signer
+from models.artifact import Artifact
 from service.access import AccessMiddleware
+from service.apart.remote import RemoteScheduler
 from service.browser_tokens import BrowserTokens
+from service.building import builder_of, closed_form, scheduler_of
 from service.deps import Server
 from service.direct import DirectRoutes
-from service.engine.base import Engine
-from service.engine.memory import DeviceMemory
-from service.engine.parity import PrecisionRefused
+from service.engine.base import Loaded
 from service.errors import ElbowError, handle_elbow_error, handle_http_exception
 from service.jobs import Limits
 from service.keys import KeyRing
@@ -31,9 +29,8 @@ from service.middleware import RequestMiddleware
 from service.openapi import describe_api
 from service.repository import Repository, card_sha256, follow
 from service.routes import admin, filters, health, infer, models, oip, tokens
-from service.scheduler.scheduler import Scheduler
 from service.settings import Settings
-from service.signing import signer_of
+from service.signing import signer_of_settings
 from service.streams.tokens import Tokens
 from service.telemetry import LOG, Metrics
 from service.tracing import telemetry
@@ -56,20 +53,15 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        scheduler = Scheduler(queue_rows=settings.queue_rows, max_wait_s=settings.max_wait_s, streams=settings.max_streams)
-        memory = DeviceMemory(settings.device_memory_mb * 2**20 or None)
-        build = partial(
-            build_preferred,
-            settings.precision,
-            engine=settings.engine,
-            threads=settings.engine_threads,
-            device=settings.device,
-            memory=memory,
+        scheduler, build, stand_in = await _scheduling(settings)
+        repository = Repository(
+            scheduler, build, signer_of_settings(settings), metrics=metrics, keep_s=settings.token_ttl_s, grace_s=settings.drain_s
         )
-        repository = Repository(scheduler, build, _signer(settings), metrics=metrics, keep_s=settings.token_ttl_s, grace_s=settings.drain_s)
-        repository.load_all(settings.repository)
-        if settings.closed_form:
-            _add_closed_form(repository)
+        try:
+            await asyncio.to_thread(_load, repository, settings, stand_in)
+        except BaseException:
+            await scheduler.stop(0.0)
+            raise
         secret = _token_secret(settings)
         server = app.state.server = Server(
             scheduler,
@@ -82,7 +74,6 @@ def create_app(settings: Settings) -> FastAPI:
         )
         metrics.watch(scheduler.stats)
         metrics.watch_streams(scheduler.stream_stats)
-        scheduler.start()
         following = asyncio.create_task(follow(repository, settings.watch_s))
         try:
             yield
@@ -138,63 +129,22 @@ def limits_of(settings: Settings) -> Limits:
     )
 
 
-def available_engines() -> list[str]:
-    """The engines whose library is installed, the preferred one first."""
-    return [name for name, library in (("onnx", "onnxruntime"), ("torchscript", "torch")) if _installed(library)]
+async def _scheduling(settings: Settings) -> tuple[Any, Callable[[Artifact], Loaded], Callable[[], Loaded]]:
+    """A running scheduler, in this process or in one of its own, what builds its engines, and what builds the stand-in."""
+    if settings.has_engine_process:
+        remote = await RemoteScheduler.start(settings)
+        return remote, remote.build, remote.build_closed_form
+    scheduler = scheduler_of(settings)
+    scheduler.start()
+    return scheduler, builder_of(settings), closed_form
 
 
-def _installed(library: str) -> bool:
-    try:
-        return importlib.util.find_spec(library) is not None
-    except ImportError:
-        return False
-
-
-def build_preferred(precision: str, artifact: Artifact, **where: Any) -> Engine:
-    """`build_engine` in `precision`; where that cannot be had, in float32, and the log says why: it costs time, never nats."""
-    try:
-        return build_engine(artifact, **where, precision=precision)
-    except PrecisionRefused as exc:
-        card = artifact.card
-        LOG.warning("served in float32", extra={"model": card.name, "version": card.version, "asked": precision, "reason": str(exc)})
-        return build_engine(artifact, **where)
-
-
-def build_engine(
-    artifact: Artifact, engine: str, threads: int, device: str = "cpu", memory: DeviceMemory | None = None, precision: str = "float32"
-) -> Engine:
-    """`engine` is "onnx", "torchscript", or "auto": the first of the two that is installed, and on a GPU TorchScript.
-
-    Raises:
-        ArtifactError: no engine is installed, or the artifact does not run on it as it should.
-        PrecisionRefused: not in this precision.
-    """
-    if precision != "float32" and (device != "cpu" or engine == "torchscript" or not _installed("onnxruntime")):
-        raise PrecisionRefused(f"{artifact.path}: {precision} needs ONNX Runtime on the CPU")
-    if device != "cpu":
-        if engine == "onnx" or not _installed("torch"):
-            raise ArtifactError(f"ELBOW_DEVICE={device} needs TorchScript: set ELBOW_ENGINE to auto or torchscript, and install torch")
-        from service.engine.torchscript_device import TorchScriptDeviceEngine
-
-        return TorchScriptDeviceEngine(artifact, device, memory, threads=threads)
-    if engine == "auto":
-        engine = next(iter(available_engines()), "none")
-    if engine == "onnx":
-        from service.engine.onnx import OnnxEngine
-
-        return OnnxEngine(artifact, threads=threads, precision=precision)
-    if engine == "torchscript":
-        from service.engine.torchscript import TorchScriptEngine
-
-        return TorchScriptEngine(artifact, threads=threads)
-    raise ArtifactError("neither onnxruntime nor torch is installed: nothing can run this artifact")
-
-
-def _add_closed_form(repository: Repository) -> None:
-    from service.engine.closed_form import ClosedFormEngine
-
-    engine = ClosedFormEngine()
-    repository.add(engine, card_sha256(engine.card))
+def _load(repository: Repository, settings: Settings, stand_in: Callable[[], Loaded]) -> None:
+    """All models that the settings name. Takes seconds."""
+    repository.load_all(settings.repository)
+    if settings.closed_form:
+        engine = stand_in()
+        repository.add(engine, card_sha256(engine.card))
 
 
 def _keys(settings: Settings) -> KeyRing:
@@ -207,11 +157,6 @@ def _token_secret(settings: Settings) -> bytes:
     if secret is None:
         LOG.warning("ELBOW_TOKEN_SECRET is not set: state tokens will not outlive this process, nor be read by another replica")
     return secrets.token_bytes(32) if secret is None else secret.get_secret_value().encode()
-
-
-def _signer(settings: Settings) -> Signer | None:
-    key = settings.signing_key
-    return signer_of(None if key is None else key.get_secret_value(), settings.public_key)
 
 
 async def _nobody_is_listening(request: Request, error: Exception) -> Response:

@@ -22,8 +22,9 @@ from service.oip.statistics import Statistics
 from service.repository import Repository, ServedModel
 from service.scheduler.job import Job, JobResult
 from service.scheduler.static_lane import Counts
-from service.streams.lane import StreamCounts, StreamLane
+from service.streams.lane import StreamCounts
 from service.streams.results import Shaper
+from service.streams.stream import StreamDoor
 from service.streams.tokens import Tokens
 from service.telemetry import Call, Metrics
 
@@ -52,11 +53,11 @@ class Scheduling(Protocol):
         """Refuses new jobs, finishes what it can in time, answers the rest with ShuttingDown. Called again, it can only end earlier."""
         ...
 
-    def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
+    async def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
         """Milliseconds that one run of `program` takes on so many rows, as measured on this machine."""
         ...
 
-    def stream_lane(self, key: str) -> StreamLane:
+    def stream_lane(self, key: str) -> StreamDoor:
         """Where the streams of a filter go. Raises InvalidInput for a static model."""
         ...
 

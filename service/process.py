@@ -3,7 +3,8 @@
     SIGTERM ─► unready at once, replies end their connections ─► drain_delay_s, still serving ─► nothing new: 503 ─►
     streams get their tokens, then requests their answers, both within one drain_s ─► connections closed ─► exit
 
-A second signal, SIGTERM or SIGINT, cuts every wait short: what is not done by then is answered with 503.
+A server whose engine has ended goes the same way, by itself. A second signal, SIGTERM or SIGINT, cuts every wait short: what is not
+done by then is answered with 503.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: Any, settings: Settings):
         super().__init__(config)
         self._app, self._settings = app, settings
+        self.is_broken = False
+        """Whether it leaves because nothing is worked on any more, so that whoever watches it starts a fresh one."""
+
+    async def on_tick(self, counter: int) -> bool:
+        if not (self.is_broken or self._app.state.server.scheduler.alive):
+            self.is_broken = True
+            LOG.critical("the engine has ended: this server leaves")
+        return await super().on_tick(counter) or self.is_broken
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         server: Server = self._app.state.server
@@ -111,7 +120,7 @@ def _waiting_at(listener: socket.socket) -> Iterator[socket.socket]:
 
 
 def serve(app: ASGIApp, settings: Settings, metrics: Metrics) -> bool:
-    """Serves until SIGTERM or Ctrl-C; False when it could not start."""
+    """Serves until SIGTERM or Ctrl-C; False when it could not start, or its engine ended before."""
     patience = Patience(settings.head_s, settings.send_s, settings.max_head_bytes, settings.max_connections)
     config = uvicorn.Config(
         app,
@@ -132,4 +141,4 @@ def serve(app: ASGIApp, settings: Settings, metrics: Metrics) -> bool:
     )
     server = DrainingServer(config, app, settings)
     server.run()
-    return server.started
+    return server.started and not server.is_broken

@@ -63,6 +63,8 @@ def build(options: Options) -> Any:
     threads = settings.threads or max(1, int(options.cpus))
     device = "cuda" if options.gpus > 0 and "device" not in settings.model_fields_set else settings.device
     settings = settings.model_copy(update={"repository": settings.repository.absolute(), "threads": threads, "device": device})
+    if settings.engine_process == "auto":  # Ray's proxies parse HTTP in processes of their own, and a replica has the cores it asked for
+        settings = settings.model_copy(update={"engine_process": "off"})
     deployment = serve.deployment(
         name="elbow",
         num_replicas=options.replicas,

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from models.artifact import CARD, Artifact, ArtifactError, Card, Signer, list_versions, sha256_of, version_key
-from service.engine.base import Engine
+from service.engine.base import Loaded
 from service.errors import ArtifactRefused, UnknownModel
 from service.reference import Reference
 from service.telemetry import LOG, Metrics
@@ -28,7 +28,7 @@ TEND_S = 1.0
 class Registrar(Protocol):
     """The part of the scheduler that the repository needs."""
 
-    def add_model(self, key: str, engine: Engine) -> None: ...
+    def add_model(self, key: str, engine: Any) -> None: ...
 
     def remove_model(self, key: str) -> None: ...
 
@@ -81,7 +81,7 @@ class Repository:
     def __init__(
         self,
         registrar: Registrar,
-        build_engine: Callable[[Artifact], Engine],
+        build_engine: Callable[[Artifact], Loaded],
         signer: Signer | None = None,
         *,
         metrics: Metrics | None = None,
@@ -165,7 +165,7 @@ class Repository:
             for key, path in self._found().items():
                 self._try(key, path, supersede=False)
 
-    def add(self, engine: Engine, sha256: str, *, supersede: bool = False) -> ServedModel:
+    def add(self, engine: Loaded, sha256: str, *, supersede: bool = False) -> ServedModel:
         """Serves `engine` under its card's name and version; with `supersede`, the default it replaces leaves after `keep_s`."""
         model = ServedModel(engine.card, sha256, engine.name, engine.precision)
         with self._changing:
@@ -254,7 +254,7 @@ class Repository:
     def _try(self, key: str, path: Path, *, supersede: bool) -> None:
         """Loads one version beside the others, or notes in one message why not. What is loaded already stays as it is."""
         self._tried[key] = _looks(path)
-        engine: Engine | None = None
+        engine: Loaded | None = None
         try:
             artifact = Artifact.open(path, self._signer)
             if f"{artifact.card.name}/{artifact.card.version}" != key:

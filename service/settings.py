@@ -32,6 +32,10 @@ class Settings(BaseSettings):
     )
     device_memory_mb: int = Field(default=0, ge=0, description="what all models together may use of the GPU; 0: 90 % of what is free")
     threads: int = Field(default=0, ge=0, le=1024, description="compute threads of the engine; 0: all cores but one, at least one")
+    engine_process: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="on: scheduler and engines get a process of their own, beside the one that speaks HTTP; auto: with two cores or more",
+    )
     signing_key: SecretStr | None = Field(default=None, description="if set, only artifacts signed with it (HMAC-SHA256) are loaded")
     public_key: str | None = Field(
         default=None,
@@ -112,6 +116,11 @@ class Settings(BaseSettings):
         if self.keys is not None:
             lines += self.keys.get_secret_value().replace(";", "\n").splitlines()
         return lines
+
+    @property
+    def has_engine_process(self) -> bool:
+        """Whether scheduler and engines run in a process of their own: on one core there would be nothing for a second one to run on."""
+        return self.engine_process == "on" or (self.engine_process == "auto" and len(os.sched_getaffinity(0)) > 1)
 
     @property
     def engine_threads(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.artifact import ArtifactError, Signer, public_key_of
+from service.settings import Settings
 
 
 def signer_of(secret: str | None, public_key: str | None) -> Signer | None:
@@ -12,6 +13,12 @@ def signer_of(secret: str | None, public_key: str | None) -> Signer | None:
     if public_key is not None:
         return Signer(public_key=bytes.fromhex(public_key))
     return None if secret is None else Signer(secret=secret.encode())
+
+
+def signer_of_settings(settings: Settings) -> Signer | None:
+    """What a server checks the artifacts with that it loads."""
+    key = settings.signing_key
+    return signer_of(None if key is None else key.get_secret_value(), settings.public_key)
 
 
 def signer_with(secret: str | None, private_key: Path | None) -> tuple[Signer, str | None]:

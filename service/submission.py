@@ -20,10 +20,9 @@ from service.keys import Caller
 from service.replies import dump
 from service.repository import ServedModel
 from service.scheduler.job import Job, JobResult, StepEvent
-from service.streams.lane import StreamLane
 from service.streams.opening import spec_of
 from service.streams.stateless import Frames, settle
-from service.streams.stream import Portion, Stream, StreamSpec
+from service.streams.stream import Portion, Stream, StreamDoor, StreamSpec
 from service.telemetry import Metrics
 
 T = TypeVar("T")
@@ -43,7 +42,7 @@ async def submit(request: Request, server: Server, model: ServedModel, job: Job)
     return await _unless_gone(request, _run(server, model, job, caller_of(request)))
 
 
-async def filter_alone(request: Request, server: Server, lane: StreamLane, frames: Frames) -> Portion:
+async def filter_alone(request: Request, server: Server, lane: StreamDoor, frames: Frames) -> Portion:
     """The frames of one request, filtered from the state they brought, on a stream that lasts as long as the request.
 
     Raises:
@@ -54,7 +53,7 @@ async def filter_alone(request: Request, server: Server, lane: StreamLane, frame
     return portion
 
 
-async def on_streams(request: Request, server: Server, lane: StreamLane, parts: Sequence[tuple[StreamSpec, Frames]]) -> list[Portion]:
+async def on_streams(request: Request, server: Server, lane: StreamDoor, parts: Sequence[tuple[StreamSpec, Frames]]) -> list[Portion]:
     """The frames of one request, each part on a stream of its own that lasts as long as the request. Raises as `filter_alone`."""
     loop = asyncio.get_running_loop()
     streams: list[Stream] = []

@@ -84,8 +84,8 @@ def test_nobody_imports_the_app_but_what_starts_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SERVICE, ids=str)
-def test_only_the_app_and_the_command_line_name_a_concrete_engine(path: Path) -> None:
-    if path not in (Path("service/app.py"), Path("service/__main__.py")):
+def test_only_building_and_the_command_line_name_a_concrete_engine(path: Path) -> None:
+    if path not in (Path("service/building.py"), Path("service/__main__.py")):
         engines = {"service.engine.onnx", "service.engine.torchscript", "service.engine.torchscript_device", "service.engine.closed_form"}
         if path == Path("service/engine/torchscript_device.py"):
             engines.remove("service.engine.torchscript")  # the same programs, loaded the same way

@@ -27,8 +27,23 @@ Given = Mapping[str, NDArray[Any] | Keys]
 Outputs = Mapping[str, NDArray[Any]]
 
 
+class Loaded(Protocol):
+    """An engine as the repository sees it, wherever it runs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def card(self) -> Card: ...
+
+    @property
+    def precision(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
 class Engine(Protocol):
-    """What the scheduler needs (one file per implementation; only app.py and the CLI name a concrete one)."""
+    """What the scheduler needs (one file per implementation; only building.py and the CLI name a concrete one)."""
 
     name: str
     card: Card

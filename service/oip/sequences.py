@@ -14,10 +14,9 @@ from typing import Any
 from service.errors import ElbowError, InvalidInput, Overloaded, ShuttingDown
 from service.repository import ServedModel
 from service.schemas import FilterBody
-from service.streams.lane import StreamLane
 from service.streams.opening import checked_steps, spec_of
 from service.streams.stateless import FRESH, Frames, snapshot_after
-from service.streams.stream import Portion, Stream
+from service.streams.stream import Portion, Stream, StreamDoor
 from service.streams.tokens import Snapshot
 
 MAX_ID = 128
@@ -51,7 +50,7 @@ class Sequence:
 
     name: SequenceId
     model: ServedModel
-    lane: StreamLane
+    lane: StreamDoor
     settings: Mapping[str, Any]
     stream: Stream
     summary: Mapping[str, float]
@@ -97,7 +96,7 @@ class Sequences:
     def __len__(self) -> int:
         return len(self._live)
 
-    def start(self, name: SequenceId, model: ServedModel, lane: StreamLane, frames: Frames) -> Sequence:
+    def start(self, name: SequenceId, model: ServedModel, lane: StreamDoor, frames: Frames) -> Sequence:
         """A fresh sequence, in place of one of that name if there is one.
 
         Raises:

@@ -42,8 +42,9 @@ async def show_curve(request: Request) -> Response:
             "elbo": curve.elbo,
             "elbo_std": curve.elbo_std,
             "ms": {
-                str(rows): [round(ms(rows, before) + steps * ms(rows, "step") + ms(rows, after), 4) for steps in curve.steps]
+                str(rows): [round(start + steps * step, 4) for steps in curve.steps]
                 for rows in BATCH_BUCKETS
+                for start, step in [(await ms(rows, before) + await ms(rows, after), await ms(rows, "step"))]
             },
         }
     )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,6 +126,22 @@ class Timing:
     predicted_ms: float = 0.0
     batch_rows: int = 0
     answered: float = math.nan
+
+
+class Reply(NamedTuple):
+    """When the reply to a job left, in seconds of the scheduler's clock.
+
+    `answered`: when the scheduler was through. `ended_by`: the deadline that ended its steps, if one did.
+    """
+
+    at: float
+    answered: float
+    ended_by: float | None
+
+
+def reply_of(job: Job, result: JobResult, at: float) -> Reply:
+    """What a lane learns from a reply that leaves now."""
+    return Reply(at, result.timing.answered, job.budget.deadline if StopReason.DEADLINE in result.stop_reason else None)
 
 
 @dataclass

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from service.engine.base import Engine
 
@@ -12,11 +11,17 @@ PATIENCE = 4
 """Ticks for which a lane with work may be passed over in favour of earlier deadlines."""
 
 
+class Loop(Protocol):
+    """As much of an event loop as the engine thread needs to reach those who wait in it."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> object: ...
+
+
 class Answer(Protocol):
     """Something that a lane has finished with and that somebody waits for."""
 
     @property
-    def loop(self) -> asyncio.AbstractEventLoop | None:
+    def loop(self) -> Loop | None:
         """Where the waiter lives; None = nobody needs to be told."""
         ...
 

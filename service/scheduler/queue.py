@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from service.scheduler.job import Job, JobResult
+from service.scheduler.lane import Loop
 from service.scheduler.load import NO_WORK
 from service.telemetry import REQUEST_ID
 
@@ -48,7 +49,7 @@ class Ticket:
         self.abandoned = False
         self.result: JobResult | None = None
         self.outcome: JobResult | BaseException | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.loop: Loop | None = None
         self.future: asyncio.Future[JobResult] | None = None
 
     def answer(self, outcome: JobResult | BaseException) -> None:

@@ -17,8 +17,8 @@ from dataclasses import replace
 
 from service.engine.base import Engine
 from service.errors import BackendFailure, ElbowError, InvalidInput, Overloaded, ShuttingDown, UnknownModel
-from service.scheduler.job import Job, JobResult
-from service.scheduler.lane import Answer, Lane, choose
+from service.scheduler.job import Job, JobResult, Reply, reply_of
+from service.scheduler.lane import Answer, Lane, Loop, choose
 from service.scheduler.queue import Ticket
 from service.scheduler.static_lane import Counts, StaticLane
 from service.scheduler.warm_up import warm_up
@@ -27,6 +27,9 @@ from service.streams.lane import StreamCounts, StreamLane
 _LOG = logging.getLogger("elbow.scheduler")
 _AFTER_FAULT_S = 0.05
 """The engine thread's pause after an exception that no lane owned up to, so that one that comes back at once does not fill the log."""
+SWITCH_INTERVAL_S = 2e-5
+"""After each run of the engine its thread asks for the interpreter back. With Python's 5 ms it waits for whoever else runs to pause;
+with this it waits for one request at most (docs/decisions/surface.md has what that is worth)."""
 _LARGEST_SHARE = 4
 """A job weighs at most 1/4 of the waiting line, however many rows it has: it trickles in, and must not close the door to others."""
 
@@ -101,9 +104,19 @@ class Scheduler:
         self._running, self._lanes, self._stream_lanes = [], {}, {}
 
     @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    @property
     def alive(self) -> bool:
         """False when the engine thread has ended though nobody stopped it: only a fresh process helps."""
         return self._ended is None or self._stopping
+
+    def wait(self, seconds: float) -> bool:
+        """Waits at most so long for the engine thread to end; whether it has, whatever the reason."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
 
     def drain(self) -> None:
         """Ticks until there is nothing left to do, or until the grace of `stop` is over."""
@@ -169,7 +182,7 @@ class Scheduler:
         ticket = Ticket(job, self._clock())
         ticket.loop = asyncio.get_running_loop()
         ticket.future = ticket.loop.create_future()
-        self._put_in_line(ticket)
+        self.take_in(ticket)
         try:
             return await ticket.future
         except asyncio.CancelledError:
@@ -178,21 +191,51 @@ class Scheduler:
 
     def check_door(self, key: str) -> None:
         """Raises Overloaded or ShuttingDown if any job for `key` would be refused now: asked before its body is read and parsed."""
-        lane = self._lanes.get(key)
         self._refuse_if_over()
+        if (refusal := self.full(key)) is not None:
+            raise refusal
+
+    def full(self, key: str) -> Overloaded | None:
+        """Why a job of one row would find no room at `key` now."""
+        lane = self._lanes.get(key)
+        return None if lane is None else self._no_room(lane, 1)
+
+    def take_in(self, ticket: Ticket) -> None:
+        """Puts a job in its model's line; its answer will be settled in the ticket's loop. Raises as `submit` does at the door."""
+        job = ticket.job
+        lane = self._lanes.get(job.model)
         if lane is not None:
-            self._refuse_if_full(lane, 1)
+            lane.prepare(ticket, ticket.arrived)
+        with self._door:
+            self._refuse_if_over()
+            if lane is None or lane.retiring:
+                lane = self._lanes.get(job.model)
+            if lane is None:
+                raise UnknownModel(f"no model {job.model!r} is loaded")
+            weight = min(job.rows, self._queue_rows // _LARGEST_SHARE)
+            if (refusal := self._no_room(lane, weight)) is not None:
+                raise refusal
+            ticket.weight = weight
+            lane.load.take(ticket.work)
+            lane.weight_in += weight
+            lane.inbox.append(ticket)
+        if not self._wake.is_set() or self._ended is not None:
+            self._awake()
 
     def replied(self, job: Job, result: JobResult) -> None:
         """The reply is about to leave: how long it took since the scheduler's answer is learned from."""
-        lane = self._lanes.get(job.model)
-        if lane is not None and math.isfinite(result.timing.answered):
-            lane.replied(job, result)
+        self.learn(job.model, reply_of(job, result, self._clock()))
+
+    def learn(self, key: str, reply: Reply) -> None:
+        """`replied` for callers that say when it was."""
+        lane = self._lanes.get(key)
+        if lane is not None and math.isfinite(reply.answered):
+            lane.replied(reply)
 
     def enqueue(self, job: Job) -> Ticket:
         """`submit` for callers without an event loop: the answer appears as the ticket's `outcome`. Raises as `submit` does at the door."""
         ticket = Ticket(job, self._clock())
-        self._put_in_line(ticket)
+        self.take_in(ticket)
         return ticket
 
     def abandon(self, ticket: Ticket) -> None:
@@ -222,11 +265,16 @@ class Scheduler:
 
     # What is known of the models.
 
+    def counts(self, key: str) -> Counts | None:
+        """Counts of a static model, as of now; None where there is none of that key."""
+        lane = self._lanes.get(key)
+        return None if lane is None else replace(lane.counts)
+
     def stats(self) -> dict[str, Counts]:
         """Counts per loaded model, as of now."""
         return {key: replace(lane.counts) for key, lane in list(self._lanes.items())}
 
-    def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
+    async def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
         """Milliseconds that one run of `program` takes on so many rows (and samples, for programs that take samples).
 
         Raises:
@@ -257,26 +305,6 @@ class Scheduler:
 
     # Inside.
 
-    def _put_in_line(self, ticket: Ticket) -> None:
-        job = ticket.job
-        lane = self._lanes.get(job.model)
-        if lane is not None:
-            lane.prepare(ticket, ticket.arrived)
-        with self._door:
-            self._refuse_if_over()
-            if lane is None or lane.retiring:
-                lane = self._lanes.get(job.model)
-            if lane is None:
-                raise UnknownModel(f"no model {job.model!r} is loaded")
-            weight = min(job.rows, self._queue_rows // _LARGEST_SHARE)
-            self._refuse_if_full(lane, weight)
-            ticket.weight = weight
-            lane.load.take(ticket.work)
-            lane.weight_in += weight
-            lane.inbox.append(ticket)
-        if not self._wake.is_set() or self._ended is not None:
-            self._awake()
-
     def _awake(self) -> None:
         """There is something to do. Where the engine thread has ended, it is to answer whoever came a moment too late."""
         self._wake.set()
@@ -289,15 +317,15 @@ class Scheduler:
         if self._ended is not None:
             raise self._ended
 
-    def _refuse_if_full(self, lane: StaticLane, weight: int) -> None:
+    def _no_room(self, lane: StaticLane, weight: int) -> Overloaded | None:
         waiting, load = lane.weight_waiting, lane.load
         if waiting + weight > self._queue_rows:
             why = f"{waiting} rows wait for {lane.key}, {self._queue_rows} may"
         elif load.over:
             why = f"{lane.key} has {load.least_s:.1f} s of work to do, {load.max_wait_s:g} s may wait"
         else:
-            return
-        raise Overloaded(why, retry_after_s=max(self._retry_after_s, load.least_s))
+            return None
+        return Overloaded(why, retry_after_s=max(self._retry_after_s, load.least_s))
 
     def _loop(self) -> None:
         over: ElbowError = BackendFailure("the engine thread has ended: this process must be started anew")
@@ -384,7 +412,7 @@ class Scheduler:
         """One call per event loop, however many jobs were answered."""
         if not self._held:
             return
-        by_loop: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
+        by_loop: dict[Loop, list[Answer]] = {}
         for answer in self._held:
             if answer.loop is not None:
                 by_loop.setdefault(answer.loop, []).append(answer)

@@ -26,7 +26,7 @@ from service.scheduler.best_so_far import BestSoFar
 from service.scheduler.cost import CostModel
 from service.scheduler.door import Door, steps_of
 from service.scheduler.final_stages import NO_SLOT, FinalStages
-from service.scheduler.job import Job, JobResult, StopReason, Timing
+from service.scheduler.job import JobResult, Reply, StopReason, Timing
 from service.scheduler.load import Load
 from service.scheduler.noise_ahead import KEPT_SAMPLES, Noise, NoiseAhead
 from service.scheduler.order import FairOrder
@@ -108,12 +108,11 @@ class StaticLane:
         """As `Door.prepare`."""
         self._door.prepare(ticket, now)
 
-    def replied(self, job: Job, result: JobResult) -> None:
-        """The reply to a job is about to leave: what it took is learned from. Called where replies are made."""
-        now = self.clock()
-        self.reserve.observe(now - result.timing.answered)
-        if job.budget.deadline is not None and StopReason.DEADLINE in result.stop_reason:
-            self.reserve.judge(job.budget.deadline - now, now)
+    def replied(self, reply: Reply) -> None:
+        """A reply is about to leave: what it took is learned from. Called where replies are made."""
+        self.reserve.observe(reply.at - reply.answered)
+        if reply.ended_by is not None:
+            self.reserve.judge(reply.ended_by - reply.at, reply.at)
 
     @property
     def weight_waiting(self) -> int:

@@ -35,9 +35,8 @@ from service.errors import (
     WrongMessageKind,
 )
 from service.repository import ServedModel
-from service.streams.lane import StreamLane
 from service.streams.opening import Opened, from_query, open_with
-from service.streams.stream import Portion, Stream
+from service.streams.stream import Portion, Stream, StreamDoor
 from service.streams.tokens import Snapshot
 from service.telemetry import LOG, Call
 
@@ -85,7 +84,7 @@ class _Rest:
 class Connection:
     """Serves one accepted WebSocket."""
 
-    def __init__(self, socket: WebSocket, server: Server, model: ServedModel, lane: StreamLane, key_id: str):
+    def __init__(self, socket: WebSocket, server: Server, model: ServedModel, lane: StreamDoor, key_id: str):
         self._socket, self._server, self._model, self._lane, self._key_id = socket, server, model, lane, key_id
         self._call: Call = socket.scope["call"]
         self._loop = asyncio.get_running_loop()

@@ -59,7 +59,7 @@ class StreamLane:
         self.counts = StreamCounts()
         self._clock, self._wake = clock, wake
         self._noise = FrameNoise(engine.card, engine.draws_noise)
-        self._capacity = capacity = engine.allocate(capacity)
+        self.capacity = capacity = engine.allocate(capacity)
         self._free = list(range(capacity - 1, -1, -1))
         self._door = threading.Lock()
         self._streams: set[Stream] = set()
@@ -83,7 +83,7 @@ class StreamLane:
             if self.retiring:
                 raise UnknownModel(f"{self.key} is being unloaded: open the stream on another version")
             if not self._free:
-                raise Overloaded(f"{self._capacity} streams of {self.key} are open, no more are taken", retry_after_s=5.0)
+                raise Overloaded(f"{self.capacity} streams of {self.key} are open, no more are taken", retry_after_s=5.0)
             stream.slot = self._free.pop()
             self._streams.add(stream)
 
@@ -152,7 +152,7 @@ class StreamLane:
     def warm_up(self) -> None:
         """Runs every program on batches of 1, 2, 4, … rows and notes the fastest run of each as its cost."""
         card, size = self.engine.card, 1
-        while size <= min(max(LARGEST_WARM_UP, self.engine.warm_up_rows), self._capacity):
+        while size <= min(max(LARGEST_WARM_UP, self.engine.warm_up_rows), self.capacity):
             rows = np.arange(size, dtype=np.intp)
             self._load_begin(rows)
             for program in ("predict", "init", "step", "advance", FRAME):
@@ -187,6 +187,7 @@ class StreamLane:
             if stream in self._streams:
                 self._streams.remove(stream)
                 self._free.append(stream.slot)
+                stream.left()
         self._ready.discard(stream)
         stream.portions.clear()
 

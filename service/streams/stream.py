@@ -8,17 +8,17 @@ Shapes: n frames of a portion, X entries per frame.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact import Arrays
+from service.scheduler.lane import Loop
 from service.telemetry import REQUEST_ID
 
 PARTS = ("elbo", "surprise", "posterior", "log_likelihood", "kl", "reconstruction", "prediction")
@@ -79,7 +79,7 @@ class Portion:
     settled: bool = False
 
     @property
-    def loop(self) -> asyncio.AbstractEventLoop | None:
+    def loop(self) -> Loop | None:
         return self.stream.loop
 
     def settle(self) -> None:
@@ -95,10 +95,39 @@ class Portion:
         self.stream.on_done(self)
 
 
+class StreamDoor(Protocol):
+    """Where the streams of a model go: its lane, as those who hold streams see it. All calls may be made in the event loop.
+
+    `draining`: the server is stopping. `live`: streams open.
+    """
+
+    @property
+    def draining(self) -> bool: ...
+
+    @property
+    def live(self) -> int: ...
+
+    def open(self, stream: Stream) -> None:
+        """Gives `stream` a slot.
+
+        Raises:
+            Overloaded: all slots are taken. ShuttingDown, UnknownModel: no new streams any more.
+        """
+        ...
+
+    def feed(self, portion: Portion) -> None:
+        """Puts a portion in its stream's line; it is settled exactly once, unless the stream is closed before."""
+        ...
+
+    def close(self, stream: Stream) -> None:
+        """Frees the stream's slot; portions still in line are dropped, nobody waits for them. Closing twice is closing once."""
+        ...
+
+
 class Stream:
     """A live stream. `waiting` counts frames handed in and not yet answered."""
 
-    def __init__(self, spec: StreamSpec, on_done: Callable[[Portion], None], loop: asyncio.AbstractEventLoop | None):
+    def __init__(self, spec: StreamSpec, on_done: Callable[[Portion], None], loop: Loop | None):
         self.spec, self.on_done, self.loop = spec, on_done, loop
         self._began: float | None = None
         self._handed_in = 0
@@ -124,6 +153,9 @@ class Stream:
         self._handed_in += len(portion.x)
         self.waiting += len(portion.x)
         self.portions.append(portion)
+
+    def left(self) -> None:
+        """Its slot is free again. Engine thread."""
 
     def due(self) -> float:
         """When the next frame's portion was due."""

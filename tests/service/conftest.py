@@ -82,7 +82,7 @@ class FakeScheduler:
     def replied(self, job: Job, result: JobResult) -> None:
         pass
 
-    def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
+    async def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
         return {"init": 1.0, "step": 0.25, "score": 0.5}[program] * rows
 
     async def submit(self, job: Job) -> JobResult:

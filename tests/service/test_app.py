@@ -14,7 +14,8 @@ import httpx
 import numpy as np
 import pytest
 
-from service.app import build_engine, create_app
+from service.app import create_app
+from service.building import build_engine
 from service.client import AsyncElbowClient, ElbowHTTPError
 from service.engine.closed_form import ClosedFormEngine
 from service.settings import Settings
@@ -28,7 +29,7 @@ ROWS = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
 @contextmanager
 def running(settings, model):
     """(client, run) of a running application; `run` waits for a call of the client."""
-    app = create_app(settings)
+    app = create_app(settings.model_copy(update={"engine_process": "off"}))  # tests/service/apart has the other way
     with asyncio.Runner() as runner:
 
         def run(awaitable):
@@ -220,7 +221,7 @@ WITHOUT = """
     from service.settings import Settings
 
     async def main():
-        app = create_app(Settings(closed_form=True, repository=sys.argv[2]))
+        app = create_app(Settings(closed_form=True, repository=sys.argv[2], engine_process="off"))
         async with app.router.lifespan_context(app):
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
                 answers = {}
@@ -295,6 +296,6 @@ def test_int8_is_served_where_a_card_offers_it_and_every_reply_says_so(tmp_path)
 
 
 def test_without_any_engine_an_artifact_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr("service.app.available_engines", list)
+    monkeypatch.setattr("service.building.available_engines", list)
     with pytest.raises(Exception, match="neither onnxruntime nor torch is installed"):
         build_engine(None, "auto", 1)

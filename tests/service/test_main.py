@@ -18,7 +18,7 @@ import pytest
 
 from models.artifact import SIGNATURE
 from service import __main__ as cli
-from service import app as service_app
+from service import building
 from service.engine.parity import PrecisionRefused
 from tests.int8 import needs_exact_int8
 
@@ -121,14 +121,14 @@ def test_bench_prints_microseconds_by_engine_and_batch(artifact, capsys, monkeyp
 
 def test_check_and_bench_pass_over_a_precision_that_this_processor_refuses(capsys, monkeypatch):
     """The artifact is sound, and such a machine serves it in float32."""
-    plain = service_app.build_engine
+    plain = building.build_engine
 
     def build(artifact, name, threads=1, **options):
         if options.get("precision") == "int8":
             raise PrecisionRefused("loses 0.478 nats")
         return plain(artifact, name, threads, **options)
 
-    monkeypatch.setattr(service_app, "build_engine", build)
+    monkeypatch.setattr(building, "build_engine", build)
     monkeypatch.setattr(cli, "BENCH_SECONDS", 0.01)
     for command in ("check", "bench"):
         assert cli.main([command, str(SHIPPED)]) == 0

@@ -31,6 +31,7 @@ class Parts:
 
     def __init__(self, streams_s: float):
         self.draining = self.refusing = False
+        self.scheduler = SimpleNamespace(alive=True)
         self._streams_s, self.until, self.stopped_at = streams_s, float("inf"), 0.0
 
     async def hand_over_streams(self) -> None:
@@ -123,7 +124,8 @@ def test_whose_work_a_second_signal_ends_is_told(run: Run, tmp_path: Path) -> No
 def test_who_waits_in_the_accept_queue_waits_for_nobody_else(certificate: tuple[Path, Path], loop: str) -> None:
     """A probe that has gone again, one that says nothing, one that talks no TLS: the client between them is answered, in time."""
     chain, key = certificate
-    server = draining_server(app, None, Settings(), ssl_certfile=chain, ssl_keyfile=key, lifespan="off", loop=loop)
+    around = SimpleNamespace(state=SimpleNamespace(server=Parts(0)))
+    server = draining_server(app, around, Settings(), ssl_certfile=chain, ssl_keyfile=key, lifespan="off", loop=loop)
     trust = ssl.create_default_context(cafile=chain)
 
     def ask(connection: socket.socket) -> bytes:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models.artifact import ArtifactError
-from service.app import build_engine
+from service.building import build_engine
 from service.engine.memory import LEAST_SLOTS, DeviceMemory
 from service.noise import Purpose, words
 from service.scheduler.job import Ask, JobResult

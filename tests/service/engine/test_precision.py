@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.artifact import Artifact, ArtifactError, write_card
-from service.app import build_engine, build_preferred
+from service.building import build_engine, build_preferred
 from service.engine.onnx import OnnxEngine
 from service.engine.parity import PrecisionRefused, verify_precision
 from service.scheduler.job import Ask, JobResult

@@ -296,8 +296,8 @@ def test_a_replaced_model_finishes_its_jobs_while_the_new_one_takes_over():
 def test_predictions_come_from_the_warm_up():
     clock = Clock()
     scheduler = per_row(clock)
-    assert scheduler.predicted_ms("m", 4) == pytest.approx(2.0)
-    assert scheduler.predicted_ms("m", 128) == pytest.approx(64.0)
+    assert asyncio.run(scheduler.predicted_ms("m", 4)) == pytest.approx(2.0)
+    assert asyncio.run(scheduler.predicted_ms("m", 128)) == pytest.approx(64.0)
     ticket = scheduler.enqueue(job(1, 10))
     scheduler.drain()
     assert ticket.outcome.timing.predicted_ms == pytest.approx(5.5, abs=0.1)
