@@ -79,8 +79,20 @@ def server(**environment: str) -> Iterator[tuple[int, int]]:
 
 
 def resident_mb(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    """Of the server with all processes that it started."""
+    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(pid))
     return pages * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+def descriptors(pid: int) -> int:
+    """Open ones, likewise."""
+    return sum(len(os.listdir(f"/proc/{one}/fd")) for one in family(pid))
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return [pid, *(one for child in children for one in family(child))]
 
 
 def encode_request(body: dict[str, Any], name: str = "", path: str = f"/v1/models/{MODEL}/encode") -> bytes:

@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from _report import keep
-from _served import ROOT, Pool, resident_mb
+from _served import ROOT, Pool, descriptors, resident_mb
 from _soak_load import Leg
 
 FULL, LEGS, IDLE_S = 1_000_000, 20, 900
@@ -185,7 +185,7 @@ async def soak(state: State, clients: int) -> bool:
         await asyncio.sleep(SETTLE_S)
         after = await counted(port)
         found = leg.counts() | {"seconds": round(time.monotonic() - begun, 1), "odd": leg.odd[:5], "pid": pid}
-        found |= {"resident_mb": round(resident_mb(pid), 2), "descriptors": len(os.listdir(f"/proc/{pid}/fd"))}
+        found |= {"resident_mb": round(resident_mb(pid), 2), "descriptors": descriptors(pid)}
         found["wrong"] = disagreements(found, before, after)
         kept["legs"].append(found)
         state.save()

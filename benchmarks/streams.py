@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from _report import artifact_name, keep, table
+from _served import resident_mb
 from _timing import time_in_turn
 
 from models.artifact import Artifact
@@ -169,13 +170,6 @@ def server(repository: Path) -> Any:
         process.wait(30)
 
 
-def resident_kb(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    raise RuntimeError("no VmRSS")
-
-
 def largest(repository: Path, name: str, limit_ms: float, seconds: float, pcm: bytes) -> tuple[int, list[dict[str, float]]]:
     """The largest number of streams within the limit, and every number tried."""
     tried: list[dict[str, float]] = []
@@ -199,8 +193,8 @@ def largest(repository: Path, name: str, limit_ms: float, seconds: float, pcm: b
 def memory_kb(repository: Path, name: str, pcm: bytes) -> float:
     with server(repository) as (port, process):
         asyncio.run(load(port, name, 1, 1.0, pcm))  # what the first stream ever allocates is not a stream's
-        before, seen = resident_kb(process.pid), []
-        asyncio.run(load(port, name, MEMORY_STREAMS, 4.0, pcm, lambda: seen.append(resident_kb(process.pid))))
+        before, seen = 1024 * resident_mb(process.pid), []
+        asyncio.run(load(port, name, MEMORY_STREAMS, 4.0, pcm, lambda: seen.append(1024 * resident_mb(process.pid))))
     return (seen[0] - before) / MEMORY_STREAMS
 
 

@@ -74,6 +74,8 @@ def create_app(settings: Settings) -> FastAPI:
         )
         metrics.watch(scheduler.stats)
         metrics.watch_streams(scheduler.stream_stats)
+        if isinstance(scheduler, RemoteScheduler):
+            metrics.watch_engine_process(scheduler.process.pid)
         following = asyncio.create_task(follow(repository, settings.watch_s))
         try:
             yield

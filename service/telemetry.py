@@ -322,6 +322,10 @@ class Metrics:
         """Also exposes the streams: `counts` gives, per "name/version", how many are live and an object with `_STREAM_COUNTED`."""
         self.registry.register(_Streamed(counts))
 
+    def watch_engine_process(self, pid: int) -> None:
+        """Also exposes what the engine process takes, as elbow_engine_process_…: memory, processor time, descriptors."""
+        ProcessCollector(namespace="elbow_engine", pid=lambda: pid, registry=self.registry)
+
     def of_model(self, name: str, version: str) -> ModelMetrics:
         found = self._models.get((name, version))
         if found is None:

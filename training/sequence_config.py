@@ -51,6 +51,7 @@ class SequenceRunConfig:
             share of them that is spent instead of epochs: rivals at equal training seconds each get their whole schedule.
         one_step_share: over this share of the run, as its learning rate counts it, a frame gets one step; then 2, 4, … and K, for
             equal parts of the rest. Many short updates teach the model most, and f learns to go on from where it leads itself.
+        later_frames: a refiner also learns from what later frames of its chunk make of a frame's z; published is that it does not.
         kl_warmup_epochs: the KL's weight rises linearly to 1 over so many epochs.
         validate_every: epochs between validations, which also choose the best checkpoint.
         validate_frames: of each validation sequence, from its beginning; None = whole. validation_sequences: the first so many.
@@ -67,6 +68,7 @@ class SequenceRunConfig:
     epochs: int = 800
     seconds: float | None = None
     one_step_share: float = 0.0
+    later_frames: bool = False
     kl_warmup_epochs: int = 0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     compiled: bool = True

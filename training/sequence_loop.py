@@ -43,7 +43,7 @@ class SequenceTrainer(RunLoop):
         self.batches = SequenceBatches(train, min(run.batch_size, len(train)), self.generators["order"], run.data.plan())
         self.valid = ResidentSequences.of(head_of(self.sequences.valid, run.validation_sequences, run.validate_frames), self.device)
         precision = torch.bfloat16 if run.precision == "bf16-mixed" else None
-        self.gradients = SequenceGradients(self.filters, precision, run.compiled)
+        self.gradients = SequenceGradients(self.filters, precision, run.compiled, run.later_frames)
         self.validate_every = run.validate_every
         self.state: FilterState | None = None
         """Where the rows of a carried epoch stand."""

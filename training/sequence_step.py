@@ -9,7 +9,8 @@ Nothing that θ or φ is differentiated by depends on a gradient path through th
 frame by frame, without autograd; with every z and λ then known, both gradients are taken over all frames at once: θ
 from one pass of the model over (T · B) rows, φ from one call of f on (K · T · B) rows, whose matrix products the chain has made
 already (training/kept_products.py). Where x alone decides the core's states (SRNN), these and all that is read of them are made
-first, once, and the chain is left with p(z_t|·) and the steps.
+first, once, and the chain is left with p(z_t|·) and the steps. An option, not published: λ_K also descends what later frames of the
+chunk make of its z (`later_frames`); the chain stays as it is, and each z is a draw of λ_K in that one pass.
 Same gradients as the published loop (tests/training/test_sequence_step.py has it), in a fraction of its operations;
 docs/log.md has the times.
 
@@ -124,8 +125,15 @@ class Foreseen:
         return {**self.known, "z": self.z}
 
 
-def accumulate_sequence(model: FilterModel, chunk: Chunk, kl_weight: float | Tensor = 1.0, faster: Faster | None = None) -> ChunkSeen:
-    """Adds the gradients of one update to φ and θ."""
+def accumulate_sequence(
+    model: FilterModel, chunk: Chunk, kl_weight: float | Tensor = 1.0, faster: Faster | None = None, *, later_frames: bool = False
+) -> ChunkSeen:
+    """Adds the gradients of one update to φ and θ.
+
+    Args:
+        later_frames: λ_K of a frame also descends what the chunk's later frames make of its z (of a refining model; a custom-designed
+            filter always does).
+    """
     if not model.inference.refines:
         return _back_through_time(model, chunk, kl_weight)
     weight = torch.as_tensor(kl_weight, dtype=chunk.x.dtype, device=chunk.x.device)
@@ -138,9 +146,9 @@ def accumulate_sequence(model: FilterModel, chunk: Chunk, kl_weight: float | Ten
             known, frame = rows.by_frame({name: value.detach() for name, value in foreseen.known.items()}), partial(foreseen_frame, model)
         flow = run_chain(faster.frame(frame) if faster else frame, chunk, state if known is None else {"z": state["z"]}, weight, known)
     if foreseen is None:
-        terms, after = _learn_unrolled(model, chunk, rows, state, flow, weight)
+        terms, after = _learn_unrolled(model, chunk, rows, state, flow, weight, later_frames)
     else:
-        learn, leaves = partial(learn_foreseen, model), foreseen.leaves()
+        learn, leaves = partial(learn_foreseen, model, later_frames=later_frames), foreseen.leaves()
         terms = (faster.learn(learn) if faster else learn)(leaves, chunk.x, chunk.mask, chunk.weights, chunk.noise, flow, weight)
         foreseen.backward(leaves)
         after = {**foreseen.after, "z": flow["z"][:, -1]}
@@ -255,30 +263,52 @@ def _step_flow(belief: State, seen: Evidence) -> Flow:
 
 
 def _learn_unrolled(
-    model: FilterModel, chunk: Chunk, rows: _Rows, state: FilterState, flow: Flow, kl_weight: Tensor
+    model: FilterModel, chunk: Chunk, rows: _Rows, state: FilterState, flow: Flow, kl_weight: Tensor, later_frames: bool
 ) -> tuple[ElboTerms, FilterState]:
     """Adds the gradients of θ and φ, all z and λ being known; the objective, and the state after the chunk."""
-    fixed = DiagonalGaussian(flow["mu"], flow["log_sigma"])
-    states = model.generative.unroll(state, flow["x"], chunk.mask, fixed, flow["z"])
+    fixed, q = DiagonalGaussian(flow["mu"], flow["log_sigma"]), _answers(rows, flow)
+    states = model.generative.unroll(state, flow["x"], chunk.mask, fixed, _z_of(q, rows) if later_frames else flow["z"])
     frame = predict(model.generative, _by_row(states[:-1]))
-    return _learn(model, rows, frame, _reading(model, rows, frame.prediction.context), flow, kl_weight), states[-1]
+    return _learn(model, rows, q, frame, _reading(model, rows, frame.prediction.context), flow, kl_weight), states[-1]
 
 
 def learn_foreseen(
-    model: FilterModel, known: dict[str, Tensor], x: Tensor, mask: Tensor, weights: Tensor, noise: Tensor, flow: Flow, kl_weight: Tensor
+    model: FilterModel,
+    known: dict[str, Tensor],
+    x: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    noise: Tensor,
+    flow: Flow,
+    kl_weight: Tensor,
+    *,
+    later_frames: bool = False,
 ) -> ElboTerms:
     """Adds the gradients of θ and φ, and those of the leaves `known` (`Foreseen`), all z and λ being known; the objective, (B · T, …)."""
     rows = _Rows(Chunk(x, mask, weights, noise))
     before, context, reading = (_named(known, part) for part in ("before.", "context.", "reading."))
-    z = torch.cat([known["z"].unsqueeze(1), flow["z"][:, :-1]], 1).flatten(0, 1)
+    q = _answers(rows, flow)
+    drawn = _z_of(q, rows) if later_frames else flow["z"]
+    z = torch.cat([known["z"].unsqueeze(1), drawn[:, :-1]], 1).flatten(0, 1)
     with Give([rows.flat(product) for product in _in_order(flow, "prior.product.")]):
         prior = model.generative.prior({**before, "z": z}, context)
-    return _learn(model, rows, Frame(model.generative, Prediction(prior, context)), reading, flow, kl_weight)
+    return _learn(model, rows, q, Frame(model.generative, Prediction(prior, context)), reading, flow, kl_weight)
 
 
-def _learn(model: FilterModel, rows: _Rows, frame: Frame, reading: Context, flow: Flow, kl_weight: Tensor) -> ElboTerms:
-    """θ's gradient from all frames at once, then φ's. `reading`: what f reads of the frames themselves."""
-    q = DiagonalGaussian(*(rows.flat(flow[name]).detach().requires_grad_() for name in ("mu", "log_sigma")))
+def _answers(rows: _Rows, flow: Flow) -> DiagonalGaussian:
+    """λ_K of every frame, (B · T, D), as leaves of a new graph: what arrives there is what f's last answer descends by."""
+    return DiagonalGaussian(*(rows.flat(flow[name]).detach().requires_grad_() for name in ("mu", "log_sigma")))
+
+
+def _z_of(q: DiagonalGaussian, rows: _Rows) -> Tensor:
+    """The very z of the chain, (B, T, D), as draws of q."""
+    return rows.shaped(q.rsample(rows.noise)[:, 0])
+
+
+def _learn(
+    model: FilterModel, rows: _Rows, q: DiagonalGaussian, frame: Frame, reading: Context, flow: Flow, kl_weight: Tensor
+) -> ElboTerms:
+    """θ's gradient from all frames at once, then φ's. `q`: `_answers`. `reading`: what f reads of the frames themselves."""
     terms = elbo(frame, (q,), rows.x, rows.mask, (rows.noise,))
     (-(rows.weights * terms.annealed(kl_weight)).sum()).backward()
     assert q.mu.grad is not None
@@ -395,7 +425,7 @@ class _Rows:
         return [{name: parts[t] for name, parts in split.items()} for t in range(self._shape[1])]
 
     def shaped(self, value: Tensor) -> Tensor:
-        return value.reshape(self._shape)
+        return value.unflatten(0, self._shape)
 
 
 def _seen(trace: Tensor, rows: _Rows, terms: ElboTerms, state: FilterState) -> ChunkSeen:

@@ -38,10 +38,11 @@ class SequenceGradients:
     Args:
         precision: of the matrix products, as torch.autocast takes it; None = that of the model. All else stays as it is.
         compiled: compile the frames of a refining model's chain. Calls with other numbers of rows remain possible.
+        later_frames: as `accumulate_sequence` has it.
     """
 
-    def __init__(self, model: FilterModel, precision: torch.dtype | None = None, compiled: bool = True):
-        self._model, self._precision = model, precision
+    def __init__(self, model: FilterModel, precision: torch.dtype | None = None, compiled: bool = True, later_frames: bool = False):
+        self._model, self._precision, self._later_frames = model, precision, later_frames
         self._frames: dict[Key, CompiledFrame] = {}
         self._lessons: dict[Key, CompiledLesson] = {}
         self.compilations = 0
@@ -52,11 +53,11 @@ class SequenceGradients:
     def __call__(self, chunk: Chunk, kl_weight: float) -> ChunkSeen:
         if not self._wants_compiled:
             with autocast(chunk.x.device, self._precision):
-                return accumulate_sequence(self._model, chunk, kl_weight)
+                return accumulate_sequence(self._model, chunk, kl_weight, later_frames=self._later_frames)
         if chunk.x.is_cuda:
             torch.compiler.cudagraph_mark_step_begin()
         with autocast(chunk.x.device, self._precision):
-            seen = accumulate_sequence(self._model, chunk, kl_weight, _Faster(self, chunk))
+            seen = accumulate_sequence(self._model, chunk, kl_weight, _Faster(self, chunk), later_frames=self._later_frames)
         # a graph's outputs hold until the next update, which may go on from the state
         return replace(seen, state={name: value.clone() for name, value in seen.state.items()}) if chunk.x.is_cuda else seen
 

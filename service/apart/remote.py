@@ -32,6 +32,8 @@ from service.streams.stream import Portion, Stream
 from service.telemetry import REQUEST_ID
 
 _LOG = logging.getLogger("elbow.apart")
+COMMAND: tuple[str, ...] = ("-m", "service.apart.engine_process")
+"""What the interpreter is started with, before the number of the socket (benchmarks/soak.py puts engines that fail in its place)."""
 RETRY_AFTER_S = 1.0
 END_S = 5.0
 """For an engine process that was told to stop, and has, to end."""
@@ -133,7 +135,7 @@ class RemoteScheduler:
         ours, theirs = socket.socketpair()
         with theirs:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-            command = [sys.executable, "-m", "service.apart.engine_process", str(theirs.fileno())]
+            command = [sys.executable, *COMMAND, str(theirs.fileno())]
             process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         scheduler = cls(loop, process)
         ours.setblocking(False)

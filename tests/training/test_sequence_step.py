@@ -44,11 +44,23 @@ def gradients(model: FilterModel) -> dict[str, Tensor]:
     return found
 
 
-def published(model: FilterModel, chunk: Chunk, kl_weight: float) -> FilterState:
-    """papers.md 3.2 line by line: one frame, one step, one backward at a time. Leaves its gradients on the parameters."""
+def published(model: FilterModel, chunk: Chunk, kl_weight: float, later_frames: bool = False) -> FilterState:
+    """papers.md 3.2 line by line: one frame, one step, one backward at a time. Leaves its gradients on the parameters.
+
+    `later_frames`: the last step's loss is that of all frames, through z.
+    """
     generative, inference = model.generative, model.inference
     state = generative.start(B) if chunk.state is None else chunk.state
     total = torch.zeros((), dtype=chunk.x.dtype)
+    steps = len(chunk.noise[0]) - 1
+    parameters = [p for p in inference.parameters() if p.requires_grad]
+    answers: list[tuple[DiagonalGaussian, DiagonalGaussian]] = []
+
+    def learn(*parts: Tensor | None) -> None:
+        for parameter, part in zip(parameters, parts, strict=True):
+            if part is not None:
+                parameter.grad = part if parameter.grad is None else parameter.grad + part
+
     for t in range(T):
         x, mask, weight = chunk.x[:, t], chunk.mask[:, t], chunk.weights[:, t]
         frame = predict(generative, state)
@@ -58,7 +70,7 @@ def published(model: FilterModel, chunk: Chunk, kl_weight: float) -> FilterState
         )
         context = read(held, inference, x, mask)
         belief = init(held, inference, context, mask)
-        for k in range(len(chunk.noise[t]) - 1):
+        for k in range(steps):
             with torch.no_grad():
                 seen = evidence(held, belief.q, x, mask, (chunk.noise[t, k],), errors=inference.reads_errors, kl_weight=kl_weight)
             fixed = State((belief.q[0].detach(),), {name: value.detach() for name, value in belief.memory.items()})
@@ -69,15 +81,19 @@ def published(model: FilterModel, chunk: Chunk, kl_weight: float) -> FilterState
             )
             # φ's own term; θ is kept out by differentiating φ alone
             loss = -(weight * elbo(held, (q,), x, mask, (chunk.noise[t, k + 1],)).annealed(kl_weight)).sum()
-            parameters = [p for p in inference.parameters() if p.requires_grad]
-            parts = torch.autograd.grad(loss / (len(chunk.noise[t]) - 1), parameters, retain_graph=True, allow_unused=True)
-            for parameter, part in zip(parameters, parts, strict=True):
-                if part is not None:
-                    parameter.grad = part if parameter.grad is None else parameter.grad + part
+            if not later_frames or k < steps - 1:
+                learn(*torch.autograd.grad(loss / steps, parameters, retain_graph=True, allow_unused=True))
             belief = State((q,), new.memory)
-        end = advance(frame, (belief.q[0].detach(),), x, mask, (chunk.noise[t, -1],))
+        leaf = DiagonalGaussian(belief.q[0].mu.detach().requires_grad_(), belief.q[0].log_sigma.detach().requires_grad_())
+        answers.append((belief.q[0], leaf))
+        end = advance(frame, (leaf,), x, mask, (chunk.noise[t, -1],))
         total = total - (weight * end.terms.annealed(kl_weight)).sum()
         state = {name: value for name, value in end.state.items()}
+    for answer, leaf in answers if later_frames else ():
+        ends = (leaf.mu, leaf.log_sigma)
+        signals = [part / steps for part in torch.autograd.grad(total, ends, retain_graph=True)]
+        if answer.mu.requires_grad:
+            learn(*torch.autograd.grad([answer.mu, answer.log_sigma], parameters, signals, retain_graph=True, allow_unused=True))
     names = [p for p in generative.parameters() if p.requires_grad]
     for parameter, part in zip(names, torch.autograd.grad(total, names, allow_unused=True), strict=True):
         parameter.grad = part
@@ -100,6 +116,24 @@ def test_an_update_has_the_gradients_of_the_published_loop(
     for name, value in expected.items():
         assert_close(measured[name], value, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
     assert seen.elbo.shape == (B, T, K + 1)
+
+
+@pytest.mark.parametrize("generative", RECURRENT)
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "with missing entries"])
+def test_the_last_step_can_learn_from_later_frames(generative: str, complete: bool, generator: torch.Generator) -> None:
+    model = small_filter(generative, "avf with x")
+    chunk = chunk_for(model, generator, K, complete)
+    published(model, chunk, 0.7)
+    without = gradients(model)
+    published(model, chunk, 0.7, later_frames=True)
+    expected = gradients(model)
+    accumulate_sequence(model, chunk, 0.7, later_frames=True)
+    measured = gradients(model)
+    for name, value in expected.items():
+        assert_close(measured[name], value, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    changed = {name for name, value in expected.items() if not torch.allclose(value, without[name])}
+    assert changed
+    assert all(name.startswith("inference") for name in changed)  # θ learns what it learned
 
 
 @pytest.mark.parametrize("generative", RECURRENT)

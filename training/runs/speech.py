@@ -44,6 +44,7 @@ def avf(steps: int) -> SequenceRunConfig:
         architecture=replace(run.architecture, inference=NET),
         refinement=RefinementConfig(steps=steps),
         one_step_share=0.0 if steps == 1 else 0.75,
+        later_frames=True,
     )
 
 
