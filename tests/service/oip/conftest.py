@@ -49,7 +49,14 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     for name in MODELS:
         shutil.copytree(ROOT / "checkpoints" / name / "1", repository / name / "1")
     settings = Settings(
-        repository=repository, engine="onnx", closed_form=True, threads=1, drain_s=1.0, max_body_bytes=2**20, max_sequences=4
+        repository=repository,
+        engine="onnx",
+        engine_process="off",  # tests reach into the engine
+        closed_form=True,
+        threads=1,
+        drain_s=1.0,
+        max_body_bytes=2**20,
+        max_sequences=4,
     )
     server = LiveServer(settings)
     yield server

@@ -211,7 +211,7 @@ def test_the_wrong_model_is_refused_before_the_handshake(server: ServerProcess) 
 
 
 def test_silence_and_large_messages_end_a_stream_with_the_reason(start_server: Callable[..., ServerProcess]) -> None:
-    strict = start_server(ELBOW_STREAM_IDLE_S="0.3", ELBOW_MAX_STREAMS="1")
+    strict = start_server(ELBOW_STREAM_IDLE_S="1.0", ELBOW_MAX_STREAMS="1")
     heard, code = talk(strict, [])
     assert (heard[-1]["code"], code) == ("idle", 1008)
 
