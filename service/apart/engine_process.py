@@ -19,7 +19,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything can import onnxruntime, which else writes into the home folder
@@ -52,6 +51,8 @@ class Outbox:
 
     def __init__(self, link: socket.socket):
         self._link = link
+        self.tell: Callable[[], None] = _nothing
+        """Puts in what should be known beside the answers of a tick."""
         self._messages: list[Message] = []
         self._unsent: deque[memoryview] = deque()
         self._lock = threading.Lock()
@@ -60,11 +61,13 @@ class Outbox:
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> None:
         callback(*args)
+        self.tell()
         self.flush()
 
     def put(self, *message: Any) -> None:
         """Leaves with the next `flush`."""
-        self._messages.append(message)
+        with self._lock:
+            self._messages.append(message)
 
     def send(self, *message: Any) -> None:
         self.put(*message)
@@ -75,7 +78,7 @@ class Outbox:
             messages, self._messages = self._messages, []
             if not messages:
                 return
-            frame = memoryview(pack(messages))
+            frame = memoryview(_packed(messages))
             if not self._unsent:
                 try:
                     frame = frame[self._link.send(frame, socket.MSG_DONTWAIT) :]
@@ -99,6 +102,38 @@ class Outbox:
                 return
             with self._lock:
                 self._unsent.popleft()
+
+
+def _packed(messages: list[Message]) -> bytes:
+    """One frame; what cannot be sent becomes a failure of its own, and keeps nobody else from being answered."""
+    try:
+        return pack(messages)
+    except Exception:
+        _LOG.exception("a message could not be packed", extra={"kinds": [kind for kind, *_ in messages]})
+    return pack([message if _fits(message) else _failed(message) for message in messages])
+
+
+def _fits(message: Message) -> bool:
+    try:
+        pack([message])
+    except Exception:
+        return False
+    return True
+
+
+def _failed(message: Message) -> Message:
+    """What whoever waits for this one is told instead."""
+    kind, number, *_ = message
+    failure = BackendFailure("the engine process could not send its answer")
+    return {
+        "answered": (kind, number, failure),
+        "portion": (kind, number, (0, 0, [], [], [], [], [], None, failure)),
+        "returned": (kind, number, None, failure),
+    }.get(kind, ("skipped", number))
+
+
+def _nothing() -> None:
+    """Until somebody has something to tell."""
 
 
 class RemoteTicket(Ticket):
@@ -136,6 +171,10 @@ class EngineProcess:
         self._tickets: dict[int, RemoteTicket] = {}
         self._streams: dict[int, RemoteStream] = {}
         self._full: dict[str, bool] = {}
+        """What the HTTP process was last told of each static model."""
+        self._touched: set[str] = set()
+        """Models that something was answered of since then."""
+        self.outbox.tell = self._tell
         self._handlers: dict[str, Callable[..., None]] = {
             "submit": self._submit,
             "abandon": self._abandon,
@@ -167,15 +206,20 @@ class EngineProcess:
     # Told by the scheduler, on the engine thread.
 
     def answered(self, ticket: RemoteTicket, outcome: JobResult | BaseException | None) -> None:
-        if self._tickets.pop(ticket.number, None) is not None:
-            self.outbox.put("answered", ticket.number, outcome)
-            self._tell(ticket.job.model)
+        if self._tickets.pop(ticket.number, None) is None:
+            return  # nobody waits for it any more
+        if not isinstance(outcome, JobResult | ElbowError):
+            outcome = BackendFailure(f"the scheduler failed on {ticket.job.model}: {outcome}")
+        self.outbox.put("answered", ticket.number, outcome)
+        self._touched.add(ticket.job.model)
 
     def filtered(self, portion: Portion) -> None:
-        self.outbox.put("portion", portion.about, tuple(getattr(portion, name) for name in PORTION))
         stream = portion.stream
         assert isinstance(stream, RemoteStream)
-        self.outbox.put("status", stream.lane.key, None, stream.lane.counts)
+        if portion.error is not None and not isinstance(portion.error, ElbowError):
+            portion.error = BackendFailure(f"the lane of {stream.lane.key} failed: {portion.error}")
+        self.outbox.put("portion", portion.about, tuple(getattr(portion, name) for name in PORTION))
+        self._touched.add(stream.lane.key)
 
     # Asked by the HTTP process.
 
@@ -191,8 +235,10 @@ class EngineProcess:
         except Exception as exc:
             _LOG.exception("a job could not be taken in", extra={"model": job.model, "request_ids": [request_id]})
             self.answered(ticket, BackendFailure(f"the scheduler failed on {job.model}: {exc}"))
-        if job.model in self._full and self._full[job.model] != (self._scheduler.full(job.model) is not None):
-            self._tell(job.model)
+        if self._full.get(job.model, False) != (self._scheduler.full(job.model) is not None):
+            self._touched.add(job.model)
+        if self._touched:
+            self._tell()
         self.outbox.flush()
 
     def _stepped(self, number: int, event: StepEvent) -> None:
@@ -255,24 +301,26 @@ class EngineProcess:
         self._full[key] = False
         return None, self._scheduler.stats()[key]
 
-    def _tell(self, key: str) -> None:
-        """Puts out what the HTTP process should know of a static model."""
-        counts = self._scheduler.counts(key)
-        if counts is not None:
-            full: Overloaded | None = self._scheduler.full(key)
-            self._full[key] = full is not None
-            self.outbox.put("status", key, full, counts)
+    def _tell(self) -> None:
+        """Puts out what the HTTP process should know of the models that something was answered of."""
+        touched, self._touched = self._touched, set()
+        for key in touched:
+            counts = self._scheduler.counts(key)
+            if counts is not None:
+                full: Overloaded | None = self._scheduler.full(key)
+                self._full[key] = full is not None
+                self.outbox.put("status", key, full, counts)
 
     def _report(self) -> None:
         """Tells what long work has done so far, until the engine thread ends; if nobody stopped it, the process ends with it."""
         told: dict[str, Any] = {}
         while not self._scheduler.wait(REPORT_S):
             static: dict[str, Any] = dict(self._scheduler.stats())
-            filters = {key: copy(counts) for key, (_, counts) in self._scheduler.stream_stats().items()}
-            for key, counts in (static | filters).items():
-                if vars(counts) != told.get(key):
-                    told[key] = vars(counts)
-                    self.outbox.put("status", key, self._scheduler.full(key), counts)
+            for key, counts in (static | {key: counts for key, (_, counts) in self._scheduler.stream_stats().items()}).items():
+                full = self._scheduler.full(key)
+                if vars(counts) != told.get(key) or self._full.get(key, False) != (full is not None):
+                    told[key], self._full[key] = vars(counts), full is not None
+                    self.outbox.put("status", key, full, counts)
             self.outbox.flush()
         if not self._scheduler.stopping:
             os._exit(1)

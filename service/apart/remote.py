@@ -81,6 +81,8 @@ class RemoteLane:
 
     def feed(self, portion: Portion) -> None:
         stream = portion.stream
+        if stream.closed:  # nobody waits for it
+            return
         stream.waiting += len(portion.x)
         self._scheduler.send_portion(self._numbers[stream], portion)
 
@@ -108,11 +110,13 @@ class RemoteScheduler:
         self._numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._jobs: dict[int, tuple[asyncio.Future[JobResult], Callable[[StepEvent], None] | None]] = {}
-        self._portions: dict[int, Portion] = {}
+        self._portions: dict[int, tuple[int, Portion]] = {}
+        """Under way, with the number of their stream."""
         self._full: dict[str, Overloaded | None] = {}
         self._counts: dict[str, Counts] = {}
         self._lanes: dict[str, RemoteLane] = {}
-        self._streams: dict[int, RemoteLane] = {}
+        self._streams: dict[int, tuple[RemoteLane, set[int]]] = {}
+        """Of each stream its lane, and the numbers of its portions under way."""
         self._lost: ElbowError | None = None
         self._link: asyncio.WriteTransport | None = None
         self._handlers: dict[str, Callable[..., None]] = {
@@ -122,6 +126,7 @@ class RemoteScheduler:
             "left": self._left,
             "returned": self._returned,
             "status": self._told,
+            "skipped": lambda _: None,
         }
 
     @classmethod
@@ -136,7 +141,8 @@ class RemoteScheduler:
         with theirs:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
             command = [sys.executable, *COMMAND, str(theirs.fileno())]
-            process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            # a group of its own: Ctrl-C in a terminal is for the server, which tells it when to stop
+            process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0)
         scheduler = cls(loop, process)
         ours.setblocking(False)
         await loop.create_unix_connection(lambda: _Link(scheduler), sock=ours)
@@ -255,7 +261,8 @@ class RemoteScheduler:
             self._loop.call_soon(portion.settle)
             return
         number = self.number()
-        self._portions[number] = portion
+        self._portions[number] = (stream, portion)
+        self._streams[stream][1].add(number)
         self.send("feed", stream, number, portion.x, portion.mask, portion.received, portion.wants_state, portion.request_id)
 
     async def call(self, name: str, *arguments: Any) -> Any:
@@ -280,7 +287,7 @@ class RemoteScheduler:
     def open(self, lane: RemoteLane, stream: Stream) -> int:
         """The number by which both processes know the stream."""
         number = self.number()
-        self._streams[number] = lane
+        self._streams[number] = (lane, set())
         self.send("open", number, lane.key, stream.spec)
         return number
 
@@ -299,7 +306,7 @@ class RemoteScheduler:
             _LOG.critical("the engine process has ended", extra={"exit_code": self.process.poll()})
         self._out, self._link = [], None
         waiting = [*self._calls.values(), *(future for future, _ in self._jobs.values())]
-        portions = list(self._portions.values())
+        portions = [portion for _, portion in self._portions.values()]
         for table in (self._calls, self._jobs, self._portions, self._streams):
             table.clear()
         for future in waiting:
@@ -329,13 +336,19 @@ class RemoteScheduler:
             on_step(event)
 
     def _filtered(self, number: int, values: tuple[Any, ...]) -> None:
-        portion = self._portions.pop(number)
+        stream, portion = self._portions.pop(number, (0, None))
+        if portion is None:  # its stream was closed before
+            return
+        self._streams[stream][1].discard(number)
         for name, value in zip(PORTION, values, strict=True):
             setattr(portion, name, value)
         portion.settle()
 
     def _left(self, number: int) -> None:
-        self._streams.pop(number).left(number)
+        lane, portions = self._streams.pop(number)
+        lane.left(number)
+        for portion in portions:  # dropped: nobody waits for them
+            del self._portions[portion]
 
     def _returned(self, number: int, value: Any, error: Exception | None) -> None:
         future = self._calls.pop(number)

@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 from service.engine.base import Engine
@@ -265,10 +266,10 @@ class Scheduler:
 
     # What is known of the models.
 
-    def counts(self, key: str) -> Counts | None:
-        """Counts of a static model, as of now; None where there is none of that key."""
-        lane = self._lanes.get(key)
-        return None if lane is None else replace(lane.counts)
+    def counts(self, key: str) -> Counts | StreamCounts | None:
+        """Counts of a model, as of now; None where there is none of that key."""
+        lane = self._lanes.get(key) or self._stream_lanes.get(key)
+        return None if lane is None else copy(lane.counts)
 
     def stats(self) -> dict[str, Counts]:
         """Counts per loaded model, as of now."""
@@ -301,7 +302,7 @@ class Scheduler:
 
     def stream_stats(self) -> dict[str, tuple[int, StreamCounts]]:
         """Live streams and counts of every loaded filter."""
-        return {key: (lane.live, lane.counts) for key, lane in list(self._stream_lanes.items())}
+        return {key: (lane.live, copy(lane.counts)) for key, lane in list(self._stream_lanes.items())}
 
     # Inside.
 

@@ -25,6 +25,7 @@ from service.errors import BackendFailure, Overloaded, ShuttingDown, UnknownMode
 from service.jobs import Limits, encode_job
 from service.schemas import EncodeBody
 from service.settings import Settings
+from service.streams.stream import Portion, Stream, StreamSpec
 from tests.service.streams.conftest import free_port
 
 CHECKPOINTS = Path(__file__).parents[3] / "checkpoints"
@@ -205,6 +206,26 @@ def test_who_leaves_frees_its_rows_and_is_not_answered(alone: Running) -> None:
     assert (counts.jobs_abandoned, counts.jobs_done) == (1, 0)
 
 
+def test_a_stream_that_is_closed_leaves_nothing_behind(apart: Running) -> None:
+    lane, settled = apart.scheduler.stream_lane("jsb-filter/1"), []
+
+    async def come_and_go() -> None:
+        stream = Stream(StreamSpec(steps=16, seed=1), settled.append, asyncio.get_running_loop())
+        lane.open(stream)
+        for _ in range(3):
+            lane.feed(Portion(stream, np.zeros((3000, 88), np.float32), None, time.monotonic()))
+        await asyncio.sleep(0.05)
+        lane.close(stream)
+        lane.close(stream)
+        assert lane.live == 1  # until its slot is free
+        lane.feed(Portion(stream, np.zeros((1, 88), np.float32), None, time.monotonic()))
+
+    apart.run(come_and_go())
+    apart.wait_for(lambda: lane.live == 0)
+    assert not settled
+    assert (apart.scheduler._portions, apart.scheduler._streams) == ({}, {})
+
+
 def test_a_full_line_is_known_at_the_door(start: Start, tmp_path: Path) -> None:
     running = start(repository=tmp_path, closed_form=True, queue_rows=8, max_wait_s=0.05)
 
@@ -277,6 +298,7 @@ SERVER = """
 import asyncio, sys
 from service.apart.remote import RemoteScheduler
 from service.settings import Settings
+from service.streams.stream import Portion, Stream, StreamSpec
 from tests.service.streams.conftest import free_port
 async def main():
     scheduler = await RemoteScheduler.start(Settings(engine_process="on"))

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.apart.engine_process import _packed
 from service.apart.wire import Unpacker, pack
-from service.errors import InvalidInput, Overloaded
+from service.errors import BackendFailure, InvalidInput, Overloaded
 from service.scheduler.job import Ask, Budget, Job, JobResult, StopReason, Timing
 
 MESSAGES = st.lists(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(), st.binary(max_size=50)), min_size=1), max_size=6)
@@ -73,3 +74,11 @@ def test_refusals_arrive_with_all_that_a_client_is_told() -> None:
     full, field = through(Overloaded("full", retry_after_s=3.5)), through(InvalidInput.at("steps", "too many"))
     assert (full.detail, full.retry_after_s) == ("full", 3.5)  # type: ignore[attr-defined]
     assert field.fields == (("steps", "too many"),)  # type: ignore[attr-defined]
+
+
+def test_an_answer_that_cannot_be_sent_is_a_failure_of_its_own() -> None:
+    good, bad = ("answered", 1, "fine"), ("answered", 2, lambda: None)
+    first, second, third = Unpacker().feed(_packed([good, bad, ("returned", 3, lambda: None, None)]))
+    assert first == good
+    assert (second[:2], type(second[2])) == (("answered", 2), BackendFailure)
+    assert (third[:3], type(third[3])) == (("returned", 3, None), BackendFailure)
