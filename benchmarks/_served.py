@@ -144,6 +144,14 @@ class Pool:
         self._free: list[Connection] = []
 
     async def ask(self, request: bytes) -> tuple[int, bytes, bytes]:
+        """Once more on a fresh connection where a kept one was closed, as an idle one may be, while the request was on its way."""
+        try:
+            return await self._ask(request)
+        except ConnectionError:
+            self._free.clear()
+            return await self._ask(request)
+
+    async def _ask(self, request: bytes) -> tuple[int, bytes, bytes]:
         connection = None
         while self._free and connection is None:
             connection = self._free.pop()

@@ -7,7 +7,6 @@ Until the first request nothing fails: a failure before that would only refuse t
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from itertools import count
@@ -39,4 +38,3 @@ def make_engines_fail(every: int) -> None:
 if __name__ == "__main__":
     make_engines_fail(int(sys.argv[1]))
     engine_process.main(socket.socket(fileno=int(sys.argv[2])))
-    os._exit(0)

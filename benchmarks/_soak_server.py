@@ -42,7 +42,7 @@ def main(fail_every: int, idle_s: float) -> None:
     from service.settings import read_settings
     from service.telemetry import configure_logging
 
-    remote.COMMAND = (str(Path(__file__).with_name("_soak_engine.py")), str(fail_every))
+    remote.COMMAND = ("-P", str(Path(__file__).with_name("_soak_engine.py")), str(fail_every))
     settings = read_settings(flags={"engine_process": "on"})
     configure_logging(settings.log_level)
     sys.setswitchinterval(SWITCH_INTERVAL_S)

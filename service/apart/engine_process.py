@@ -19,12 +19,13 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything can import onnxruntime, which else writes into the home folder
 
 from models.artifact import Artifact, ArtifactError
-from service.apart.wire import PORTION, Message, Unpacker, pack
+from service.apart.wire import PORTION, Message, Part, Unpacker, pack
 from service.building import builder_of, closed_form, scheduler_of
 from service.engine.base import Engine
 from service.errors import BackendFailure, ElbowError, Overloaded
@@ -40,6 +41,8 @@ from service.telemetry import REQUEST_ID, configure_logging
 _LOG = logging.getLogger("elbow.apart")
 READ_BYTES = 2**18
 REPORT_S = 0.1
+AT_ONCE = frozenset({"ready", "predicted_ms"})
+"""Calls that take no time, and get no thread."""
 
 
 class Outbox:
@@ -54,8 +57,9 @@ class Outbox:
         self.tell: Callable[[], None] = _nothing
         """Puts in what should be known beside the answers of a tick."""
         self._messages: list[Message] = []
-        self._unsent: deque[memoryview] = deque()
-        self._lock = threading.Lock()
+        self._unsent: deque[Part] = deque()
+        self._lock, self._sending = threading.Lock(), threading.Lock()
+        """Of the messages, and, around it, of the order in which frames are made and leave."""
         self._more = threading.Condition(self._lock)
         threading.Thread(target=self._send_rest, name="elbow-outbox", daemon=True).start()
 
@@ -74,37 +78,42 @@ class Outbox:
         self.flush()
 
     def flush(self) -> None:
-        with self._lock:
-            messages, self._messages = self._messages, []
+        with self._sending:
+            with self._lock:
+                messages, self._messages = self._messages, []
+                waits = bool(self._unsent)
             if not messages:
                 return
-            frame = memoryview(_packed(messages))
-            if not self._unsent:
+            parts = _packed(messages)  # who has something to put in need not wait for this
+            while parts and not waits:
                 try:
-                    frame = frame[self._link.send(frame, socket.MSG_DONTWAIT) :]
+                    sent = self._link.send(parts[0], socket.MSG_DONTWAIT)
                 except BlockingIOError:
-                    pass
+                    break
                 except OSError:  # nobody is there any more
                     return
-            if frame:
-                self._unsent.append(frame)
-                self._more.notify()
+                waits = sent < len(parts[0])
+                parts = [memoryview(parts[0])[sent:], *parts[1:]] if waits else parts[1:]
+            if parts:
+                with self._lock:
+                    self._unsent.extend(parts)
+                    self._more.notify()
 
     def _send_rest(self) -> None:
         while True:
             with self._more:
                 while not self._unsent:
                     self._more.wait()
-                frame = self._unsent[0]
+                part = self._unsent[0]
             try:
-                self._link.sendall(frame)
+                self._link.sendall(part)
             except OSError:
                 return
             with self._lock:
                 self._unsent.popleft()
 
 
-def _packed(messages: list[Message]) -> bytes:
+def _packed(messages: list[Message]) -> list[Part]:
     """One frame; what cannot be sent becomes a failure of its own, and keeps nobody else from being answered."""
     try:
         return pack(messages)
@@ -127,9 +136,13 @@ def _failed(message: Message) -> Message:
     failure = BackendFailure("the engine process could not send its answer")
     return {
         "answered": (kind, number, failure),
-        "portion": (kind, number, (0, 0, [], [], [], [], [], None, failure)),
+        "portion": (kind, number, _portion_failed(failure)),
         "returned": (kind, number, None, failure),
     }.get(kind, ("skipped", number))
+
+
+def _portion_failed(error: ElbowError) -> tuple[Any, ...]:
+    return (0, 0, [], [], [], [], [], None, error)
 
 
 def _nothing() -> None:
@@ -170,6 +183,9 @@ class EngineProcess:
         self._handles = itertools.count()
         self._tickets: dict[int, RemoteTicket] = {}
         self._streams: dict[int, RemoteStream] = {}
+        self._refused: dict[int, ElbowError] = {}
+        """Streams that could not be opened, and why."""
+        self._telling = threading.Lock()
         self._full: dict[str, bool] = {}
         """What the HTTP process was last told of each static model."""
         self._touched: set[str] = set()
@@ -190,8 +206,8 @@ class EngineProcess:
             "build_closed_form": lambda: self._kept(closed_form()),
             "add": self._add,
             "remove": self._scheduler.remove_model,
-            "discard": lambda handle: self._engines.pop(handle).close(),
-            "predicted_ms": lambda *about: asyncio.run(self._scheduler.predicted_ms(*about)),
+            "discard": self._discard,
+            "predicted_ms": self._scheduler.cost_ms,
             "stop": lambda grace_s: asyncio.run(self._scheduler.stop(grace_s)),
         }
 
@@ -249,9 +265,18 @@ class EngineProcess:
             self._scheduler.abandon(ticket)
 
     def _open(self, number: int, key: str, spec: StreamSpec) -> None:
-        self._streams[number] = RemoteStream(self, number, self._scheduler.stream_lane(key), spec)
+        try:
+            stream = self._streams[number] = RemoteStream(self, number, self._scheduler.stream_lane(key), spec)
+        except ElbowError as refusal:  # the model went while the message was on its way
+            self._refused[number] = refusal
+            return
+        with suppress(ElbowError):  # a slot that is just being freed: its first frames will have it
+            stream.lane.open(stream)
 
     def _feed(self, number: int, portion: int, x: Any, mask: Any, received: float, wants_state: bool, request_id: str) -> None:
+        if number in self._refused:
+            self.outbox.send("portion", portion, _portion_failed(self._refused[number]))
+            return
         stream = self._streams[number]
         made = Portion(stream, x, mask, received, wants_state, portion, request_id)
         try:
@@ -265,12 +290,17 @@ class EngineProcess:
         stream.lane.feed(made)
 
     def _close(self, number: int) -> None:
-        stream = self._streams.pop(number)
-        if stream.slot < 0:
-            stream.left()
-        stream.lane.close(stream)
+        stream = self._streams.pop(number, None)
+        self._refused.pop(number, None)
+        if stream is None or stream.slot < 0:
+            self.outbox.send("left", number)
+        if stream is not None:
+            stream.lane.close(stream)
 
     def _call(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
+        if name in AT_ONCE:
+            self._answer_call(number, name, arguments)
+            return
         threading.Thread(target=self._answer_call, args=(number, name, arguments), name=f"elbow-{name}", daemon=True).start()
 
     def _answer_call(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
@@ -296,39 +326,61 @@ class EngineProcess:
         engine = self._engines[handle]
         self._scheduler.add_model(key, engine)
         del self._engines[handle]  # it is the scheduler's now
-        if engine.card.family == "filter":
-            return self._scheduler.stream_lane(key).capacity, None
-        self._full[key] = False
-        return None, self._scheduler.stats()[key]
+        with self._telling:
+            self._full[key] = False
+        return self._scheduler.capacity(key), self._scheduler.counts(key)
+
+    def _discard(self, handle: int) -> None:
+        if (engine := self._engines.pop(handle, None)) is not None:
+            engine.close()
 
     def _tell(self) -> None:
         """Puts out what the HTTP process should know of the models that something was answered of."""
-        touched, self._touched = self._touched, set()
-        for key in touched:
-            counts = self._scheduler.counts(key)
-            if counts is not None:
-                full: Overloaded | None = self._scheduler.full(key)
-                self._full[key] = full is not None
-                self.outbox.put("status", key, full, counts)
+        with self._telling:
+            touched, self._touched = self._touched, set()
+            for key in touched:
+                self._put_status(key)
 
     def _report(self) -> None:
         """Tells what long work has done so far, until the engine thread ends; if nobody stopped it, the process ends with it."""
         told: dict[str, Any] = {}
         while not self._scheduler.wait(REPORT_S):
-            static: dict[str, Any] = dict(self._scheduler.stats())
-            for key, counts in (static | {key: counts for key, (_, counts) in self._scheduler.stream_stats().items()}).items():
-                full = self._scheduler.full(key)
-                if vars(counts) != told.get(key) or self._full.get(key, False) != (full is not None):
-                    told[key], self._full[key] = vars(counts), full is not None
-                    self.outbox.put("status", key, full, counts)
+            for key in (*self._scheduler.stats(), *self._scheduler.stream_stats()):
+                with self._telling:
+                    counts, full = self._scheduler.counts(key), self._scheduler.full(key)
+                    if counts is not None and (vars(counts) != told.get(key) or self._full.get(key, False) != (full is not None)):
+                        told[key] = vars(counts)
+                        self._put_status(key)
             self.outbox.flush()
         if not self._scheduler.stopping:
             os._exit(1)
 
+    def _put_status(self, key: str) -> None:
+        """What is told last is what holds: looked up and put in under one lock."""
+        counts = self._scheduler.counts(key)
+        if counts is not None:
+            full: Overloaded | None = self._scheduler.full(key)
+            self._full[key] = full is not None
+            self.outbox.put("status", key, full, counts)
+
 
 def main(link: socket.socket) -> None:
-    """Serves until the other end of `link` is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Serves until the other end of `link` is closed; then the process ends, whatever its threads still do: nobody is left to tell."""
+    code = 1
+    try:
+        _serve(link)
+        code = 0
+    except ConnectionResetError:  # it was closed with answers in it that nobody will read
+        code = 0
+    except BaseException:
+        _LOG.critical("the engine process ends", exc_info=True)
+    finally:
+        os._exit(code)
+
+
+def _serve(link: socket.socket) -> None:
+    # SIGTTOU: a terminal may stop those in its background who write to it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     unpacker, outbox = Unpacker(), Outbox(link)
@@ -349,4 +401,3 @@ def main(link: socket.socket) -> None:
 
 if __name__ == "__main__":
     main(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # whatever threads still do, nobody is left to tell

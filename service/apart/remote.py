@@ -32,9 +32,10 @@ from service.streams.stream import Portion, Stream
 from service.telemetry import REQUEST_ID
 
 _LOG = logging.getLogger("elbow.apart")
-COMMAND: tuple[str, ...] = ("-m", "service.apart.engine_process")
+COMMAND: tuple[str, ...] = ("-P", "-m", "service.apart.engine_process")
 """What the interpreter is started with, before the number of the socket (benchmarks/soak.py puts engines that fail in its place)."""
 RETRY_AFTER_S = 1.0
+EXIT_CODE_S = 0.2
 END_S = 5.0
 """For an engine process that was told to stop, and has, to end."""
 
@@ -234,8 +235,12 @@ class RemoteScheduler:
     async def stop(self, grace_s: float) -> None:
         """As Scheduler.stop; then the engine process ends."""
         self.stopping = True
-        with suppress(BackendFailure):
-            await self.call("stop", grace_s)
+        try:
+            async with asyncio.timeout(grace_s + END_S):
+                with suppress(BackendFailure):
+                    await self.call("stop", grace_s)
+        except TimeoutError:  # it hangs: whoever waits is answered as it ends
+            self.process.kill()
         if self._link is not None:
             self._link.close()
         try:
@@ -303,6 +308,8 @@ class RemoteScheduler:
         """The engine process has ended: nobody is left waiting."""
         error = self._lost = BackendFailure("the engine process has ended: this server must be started anew")
         if not self.stopping:
+            with suppress(subprocess.TimeoutExpired):  # its socket closes an instant before it can be asked why
+                self.process.wait(EXIT_CODE_S)
             _LOG.critical("the engine process has ended", extra={"exit_code": self.process.poll()})
         self._out, self._link = [], None
         waiting = [*self._calls.values(), *(future for future, _ in self._jobs.values())]
@@ -318,8 +325,28 @@ class RemoteScheduler:
 
     def _flush(self) -> None:
         out, self._out = self._out, []
-        if self._link is not None and out:
-            self._link.write(pack(out))
+        if self._link is None or not out:
+            return
+        try:
+            self._link.writelines(pack(out))
+        except MemoryError:
+            for message in out:
+                self._send_alone(message)
+
+    def _send_alone(self, message: Message) -> None:
+        """One that cannot be packed fails, and keeps no other from being sent."""
+        assert self._link is not None
+        try:
+            self._link.writelines(pack([message]))
+        except MemoryError:
+            kind, number, *rest = message
+            failure = BackendFailure("there is no memory to hand this over")
+            if kind == "submit":
+                self._answered(number, failure)
+            elif kind == "feed":
+                self._filtered(rest[0], (0, 0, [], [], [], [], [], None, failure))
+            else:
+                raise
 
     def _answered(self, number: int, outcome: JobResult | ElbowError) -> None:
         future, _ = self._jobs.pop(number, (None, None))

@@ -1,8 +1,8 @@
 """What crosses between the HTTP process and the engine process: messages (a kind, then its arguments) as pickles in frames.
 
-A frame is four bytes of length and a pickle of a list of messages. Both ends are ours, started together from the same code, and the
-socket pair has no name that anybody else could open; nothing that a client sent is unpickled, only what was validated and made of it.
-Arrays cross as their bytes and arrive read-only: nobody writes into what a job or a result holds.
+A frame is a pickle of a list of messages, after its length and those of the large arrays, which follow it as they are. Both ends are
+ours, started together from the same code, and the socket pair has no name that anybody else could open; nothing that a client sent is
+unpickled, only what was validated and made of it. Arrays arrive read-only: nobody writes into what a job or a result holds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import pickle
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,18 @@ from service.scheduler.job import Job, JobResult, StopReason
 Message = tuple[Any, ...]
 PORTION = ("first_frame", "done", "elbo", "log_likelihood", "kl", "steps_used", "shown", "state", "error")
 """What comes back of a portion, in this order."""
-_LENGTH = struct.Struct("!Q")
+_HEAD, _SIZE = struct.Struct("!QI"), struct.Struct("!Q")
+ASIDE_BYTES = 2**16
+"""Arrays larger than this are not copied into the pickle, but follow it."""
+Part = bytes | memoryview
 
 
-def pack(messages: Sequence[Message]) -> bytes:
-    """One frame."""
-    file = io.BytesIO()
-    file.write(bytes(_LENGTH.size))
-    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(messages)
-    frame = file.getbuffer()
-    _LENGTH.pack_into(frame, 0, len(frame) - _LENGTH.size)
-    return frame.tobytes()
+def pack(messages: Sequence[Message]) -> list[Part]:
+    """One frame, in the parts in which it leaves. Until then nobody may write into the arrays."""
+    file, aside = io.BytesIO(), list[pickle.PickleBuffer]()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL, buffer_callback=aside.append).dump(messages)
+    pickled, arrays = file.getvalue(), [buffer.raw() for buffer in aside]
+    return [_HEAD.pack(len(pickled), len(arrays)) + b"".join(_SIZE.pack(len(array)) for array in arrays) + pickled, *arrays]
 
 
 class Unpacker:
@@ -44,23 +46,34 @@ class Unpacker:
         """The messages that `data` completes, in order."""
         self._held += data
         start = 0
-        while len(self._held) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._held, start)
-            end = start + _LENGTH.size + length
-            if len(self._held) < end:
-                break
-            with memoryview(self._held) as whole, whole[start + _LENGTH.size : end] as frame:
-                messages = pickle.loads(frame)
-            start = end
+        while (ends := self._ends(start)) is not None and ends[-1] <= len(self._held):
+            aside = memoryview(bytes(self._held[ends[1] : ends[-1]]))
+            arrays = [aside[begin - ends[1] : end - ends[1]] for begin, end in pairwise(ends[1:])]
+            with memoryview(self._held) as whole, whole[ends[0] : ends[1]] as pickled:
+                messages = pickle.loads(pickled, buffers=arrays)
+            start = ends[-1]
             yield from messages
         del self._held[:start]
 
+    def _ends(self, start: int) -> list[int] | None:
+        """Where head, pickle and each array of the frame at `start` end; None while that cannot be told."""
+        if len(self._held) - start < _HEAD.size:
+            return None
+        length, count = _HEAD.unpack_from(self._held, start)
+        head = start + _HEAD.size + count * _SIZE.size
+        if len(self._held) < head:
+            return None
+        sizes = [_SIZE.unpack_from(self._held, start + _HEAD.size + i * _SIZE.size)[0] for i in range(count)]
+        return list(accumulate([head, length, *sizes]))
 
-def _array(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+
+def _array(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _reduce_array(array: NDArray[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    if array.nbytes > ASIDE_BYTES:
+        return _array, (pickle.PickleBuffer(np.ascontiguousarray(array).data), array.dtype.str, array.shape)
     return _array, (array.tobytes(), array.dtype.str, array.shape)
 
 

@@ -276,6 +276,15 @@ class Scheduler:
         return {key: replace(lane.counts) for key, lane in list(self._lanes.items())}
 
     async def predicted_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
+        """As `cost_ms`."""
+        return self.cost_ms(key, rows, program, samples)
+
+    def capacity(self, key: str) -> int | None:
+        """Streams of a filter that may be open at once; None for any other key."""
+        lane = self._stream_lanes.get(key)
+        return None if lane is None else lane.capacity
+
+    def cost_ms(self, key: str, rows: int, program: str = "step", samples: int = 1) -> float:
         """Milliseconds that one run of `program` takes on so many rows (and samples, for programs that take samples).
 
         Raises:

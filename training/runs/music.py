@@ -18,9 +18,7 @@ OWN = OwnFilterArchitecture(hidden=(500,), residual=True)
 NET = IterativeArchitecture(encodings=("x", "q_layer_norm", "grad_layer_norm"), hidden=(320, 320), highway=True)
 SETS = {"jsb": "jsb", "nottingham": "nottingham", "musedata": "musedata", "piano-midi": "piano_midi"}
 STEPS = (1, 5)
-ONE_STEP_SHARE = {"nottingham": 0.8}
-"""Of the run, where it is not DEFAULT_SHARE: a larger set is not learned yet when half of the seconds are spent."""
-DEFAULT_SHARE = 0.5
+ONE_STEP_SHARE = 0.5
 DECAY = {"jsb": 1.0, "nottingham": 0.5}
 """Of the weights, where it is not DEFAULT_DECAY: smaller sets overfit sooner."""
 DEFAULT_DECAY = 0.3
@@ -49,7 +47,7 @@ def avf(data: str, steps: int) -> SequenceRunConfig:
         name=f"{data}-avf{steps}",
         architecture=replace(run.architecture, inference=NET),
         refinement=RefinementConfig(steps=steps),
-        one_step_share=0.0 if steps == 1 else ONE_STEP_SHARE.get(data, DEFAULT_SHARE),
+        one_step_share=0.0 if steps == 1 else ONE_STEP_SHARE,
     )
 
 

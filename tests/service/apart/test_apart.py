@@ -337,3 +337,63 @@ def test_a_server_whose_engine_process_was_killed_leaves_with_an_error(tmp_path:
         assert server.wait(15) == 1
         assert server.stderr is not None
         assert "the engine process has ended" in server.stderr.read()
+
+
+def test_a_stream_without_a_frame_yet_keeps_the_version_it_began_with(start: Start, repository: Path) -> None:
+    running, settled = start(repository=repository, engine="onnx"), []
+    lane = running.scheduler.stream_lane("jsb-filter/1")
+
+    async def go_on() -> None:
+        stream = Stream(StreamSpec(steps=1, seed=1), settled.append, asyncio.get_running_loop())
+        lane.open(stream)
+        await asyncio.to_thread(running.scheduler.remove_model, "jsb-filter/1")
+        await asyncio.sleep(0.2)  # it would have been closed by now
+        lane.feed(Portion(stream, np.zeros((2, 88), np.float32), None, time.monotonic()))
+        late = Stream(StreamSpec(steps=1, seed=1), settled.append, asyncio.get_running_loop())
+        with pytest.raises(UnknownModel):
+            lane.open(late)
+
+    running.run(go_on())
+    running.wait_for(lambda: bool(settled))
+    assert (settled[0].error, settled[0].done) == (None, 2)
+
+
+def test_a_stream_whose_model_went_while_it_was_opened_is_answered(start: Start, repository: Path) -> None:
+    running, settled = start(repository=repository, engine="onnx"), []
+    lane = running.scheduler.stream_lane("jsb-filter/1")
+
+    async def go_on() -> None:
+        await running.scheduler.call("remove", "jsb-filter/1")  # as the engine process knows, and nobody else yet
+        stream = Stream(StreamSpec(steps=1, seed=1), settled.append, asyncio.get_running_loop())
+        lane.open(stream)
+        lane.feed(Portion(stream, np.zeros((2, 88), np.float32), None, time.monotonic()))
+        while not settled:
+            await asyncio.sleep(0.01)
+        lane.close(stream)
+
+    running.run(go_on())
+    assert isinstance(settled[0].error, UnknownModel)
+    running.wait_for(lambda: lane.live == 0)
+
+
+def test_a_hung_engine_process_does_not_keep_the_server(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = start(repository=tmp_path, closed_form=True)
+    monkeypatch.setattr("service.apart.remote.END_S", 0.3)
+
+    async def stop() -> Any:
+        os.kill(running.scheduler.process.pid, signal.SIGSTOP)
+        asking = asyncio.create_task(running.scheduler.submit(job_of(running, 1, 1)))
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        await running.scheduler.stop(0.1)
+        return time.monotonic() - began, await asyncio.gather(asking, return_exceptions=True)
+
+    took, (outcome,) = running.run(stop())
+    assert took < 5
+    assert isinstance(outcome, BackendFailure)
+
+
+def test_what_lies_in_the_working_folder_is_not_imported(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert start(repository=tmp_path, closed_form=True).post("closed-form/encode", inputs=ROWS).status_code == 200

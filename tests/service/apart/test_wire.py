@@ -17,21 +17,27 @@ MESSAGES = st.lists(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(
 
 @given(frames=MESSAGES, cut=st.integers(1, 40))
 def test_pieces_of_any_size_give_the_messages_in_order(frames: list[list[tuple[str, int, bytes]]], cut: int) -> None:
-    stream, unpacker = b"".join(map(pack, frames)), Unpacker()
+    stream, unpacker = b"".join(part for frame in frames for part in pack(frame)), Unpacker()
     found = [message for at in range(0, len(stream), cut) for message in unpacker.feed(stream[at : at + cut])]
     assert found == [message for frame in frames for message in frame]
 
 
 def through(value: object) -> object:
-    ((kind, found),) = Unpacker().feed(pack([("kind", value)]))
+    ((kind, found),) = Unpacker().feed(b"".join(pack([("kind", value)])))
     assert kind == "kind"
     return found
 
 
 @pytest.mark.parametrize(
     "array",
-    [np.arange(6, dtype=np.int64).reshape(2, 3), np.array([np.nan, -0.0, np.inf]), np.zeros((0, 4), np.float32), np.float32([[1, 2]]).T],
-    ids=["integers", "special", "empty", "turned"],
+    [
+        np.arange(6, dtype=np.int64).reshape(2, 3),
+        np.array([np.nan, -0.0, np.inf]),
+        np.zeros((0, 4), np.float32),
+        np.float32([[1, 2]]).T,
+        np.arange(40_000).reshape(200, 200).T,
+    ],
+    ids=["integers", "special", "empty", "turned", "large"],
 )
 def test_arrays_arrive_bit_for_bit(array: np.ndarray) -> None:
     found = through(array)
@@ -78,7 +84,7 @@ def test_refusals_arrive_with_all_that_a_client_is_told() -> None:
 
 def test_an_answer_that_cannot_be_sent_is_a_failure_of_its_own() -> None:
     good, bad = ("answered", 1, "fine"), ("answered", 2, lambda: None)
-    first, second, third = Unpacker().feed(_packed([good, bad, ("returned", 3, lambda: None, None)]))
+    first, second, third = Unpacker().feed(b"".join(_packed([good, bad, ("returned", 3, lambda: None, None)])))
     assert first == good
     assert (second[:2], type(second[2])) == (("answered", 2), BackendFailure)
     assert (third[:3], type(third[3])) == (("returned", 3, None), BackendFailure)
