@@ -40,7 +40,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     process.stop()
 
 
-@pytest.mark.parametrize("examples", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_every_check_of_schemathesis_passes(server: tuple[str, list[str]], examples: int, tmp_path: Path) -> None:
     url, shown = server
     (tmp_path / "schemathesis.toml").write_text(f"hooks = {json.dumps(str(HOOKS))}\n")

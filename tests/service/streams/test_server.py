@@ -232,7 +232,7 @@ def collected(url: str, source: Any, **options: Any) -> tuple[list[Frame], Filte
     return asyncio.run(asyncio.wait_for(run(), 120))
 
 
-@pytest.mark.parametrize("rate", [RATE, 11_025])
+@pytest.mark.parametrize("rate", [pytest.param(RATE, marks=pytest.mark.slow), 11_025])  # with resampling there is more to lose
 def test_a_server_killed_in_mid_stream_loses_nothing(start_server: Callable[..., ServerProcess], rate: int, tmp_path: Path) -> None:
     victim = start_server()
     file = write_wav(tmp_path / "speech.wav", sound(6, 4 * rate), rate)
