@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is first imported: it writes into the home folder
+# one process each, which start faster; those of tests/service/apart, streams and operations say otherwise
+os.environ.setdefault("ELBOW_ENGINE_PROCESS", "off")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores: two threads each would wait for one another
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

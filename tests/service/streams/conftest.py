@@ -96,6 +96,7 @@ class ServerProcess:
             "ELBOW_REPOSITORY": str(repository),
             "ELBOW_PORT": str(port),
             "ELBOW_TOKEN_SECRET": "secret of the tests",
+            "ELBOW_ENGINE_PROCESS": "on",
             "ELBOW_LOG_LEVEL": "error",
             **environment,
         }
