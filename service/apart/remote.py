@@ -23,11 +23,11 @@ from typing import Any, cast
 from models.artifact import Artifact, Card
 from service.apart.wire import PORTION, Message, Unpacker, pack
 from service.engine.base import Loaded
-from service.errors import BackendFailure, ElbowError, InvalidInput, Overloaded, ShuttingDown, UnknownModel
+from service.errors import BackendFailure, ElbowError, Overloaded, ShuttingDown, UnknownModel
 from service.scheduler.job import Job, JobResult, StepEvent, reply_of
 from service.scheduler.static_lane import Counts
 from service.settings import Settings
-from service.streams.lane import StreamCounts
+from service.streams.lane import StreamCounts, no_lane
 from service.streams.stream import Portion, Stream
 from service.telemetry import REQUEST_ID
 
@@ -223,9 +223,7 @@ class RemoteScheduler:
         self.refuse_if_over()
         lane = self._lanes.get(key)
         if lane is None:
-            if key in self._counts:
-                raise InvalidInput(f"{key} is a static model: POST encode, refine, reconstruct, score or generate")
-            raise UnknownModel(f"no model {key!r} is loaded")
+            raise no_lane(key, key in self._counts)
         return lane
 
     def stream_stats(self) -> dict[str, tuple[int, StreamCounts]]:

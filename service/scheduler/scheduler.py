@@ -17,13 +17,13 @@ from copy import copy
 from dataclasses import replace
 
 from service.engine.base import Engine
-from service.errors import BackendFailure, ElbowError, InvalidInput, Overloaded, ShuttingDown, UnknownModel
+from service.errors import BackendFailure, ElbowError, Overloaded, ShuttingDown, UnknownModel
 from service.scheduler.job import Job, JobResult, Reply, reply_of
 from service.scheduler.lane import Answer, Lane, Loop, choose
 from service.scheduler.queue import Ticket
 from service.scheduler.static_lane import Counts, StaticLane
 from service.scheduler.warm_up import warm_up
-from service.streams.lane import StreamCounts, StreamLane
+from service.streams.lane import StreamCounts, StreamLane, no_lane
 
 _LOG = logging.getLogger("elbow.scheduler")
 _AFTER_FAULT_S = 0.05
@@ -304,9 +304,7 @@ class Scheduler:
         self._refuse_if_over()  # first: once stopped there are no lanes, and every model would seem unknown
         lane = self._stream_lanes.get(key)
         if lane is None:
-            if key in self._lanes:
-                raise InvalidInput(f"{key} is a static model: POST encode, refine, reconstruct, score or generate")
-            raise UnknownModel(f"no model {key!r} is loaded")
+            raise no_lane(key, key in self._lanes)
         return lane
 
     def stream_stats(self) -> dict[str, tuple[int, StreamCounts]]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from models.artifact import Arrays
 from service.engine.base import Engine, Outputs
-from service.errors import BackendFailure, Overloaded, ShuttingDown, UnknownModel
+from service.errors import BackendFailure, ElbowError, InvalidInput, Overloaded, ShuttingDown, UnknownModel
 from service.noise import Purpose
 from service.scheduler.cost import CostModel
 from service.streams.frame_noise import FRAME, FrameNoise
@@ -36,6 +36,13 @@ LATE_S = 0.1
 """An elastic stream gives up half of its steps for every so many seconds that it lags."""
 URGENT_S = 0.02
 """A frame counts as due this long after it was spoken, when lanes compete."""
+
+
+def no_lane(key: str, is_static: bool) -> ElbowError:
+    """Why there is no lane of streams by this key."""
+    if is_static:
+        return InvalidInput(f"{key} is a static model: POST encode, refine, reconstruct, score or generate")
+    return UnknownModel(f"no model {key!r} is loaded")
 
 
 class StreamCounts:
