@@ -4,7 +4,8 @@
 
 Capacity is the closed-loop maximum of the same run, measured before and after (the mean of both is taken). Exact requests get all
 their steps or 503 with Retry-After; elastic ones give up steps and say `degraded`. Generator and server share the machine.
-Memory: what the server's resident set grew by during `--last` seconds of exact and elastic requests at 10 times capacity.
+Memory: what the server's resident set (all its processes) grew by during the last `--last` seconds of a run of exact and elastic
+requests at 10 times capacity that began a minute before: buffers of as many connections as this load ever opens are there by then.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from _report import keep, table
 from _served import Pool, closed_loop, encode_request, open_loop, resident_mb, server
 
 STEPS, CLIENTS, LOADS = 64, 64, (0.5, 1.0, 2.0, 10.0)
+BEFORE_S, LOOK_S = 60.0, 10.0
+"""Of the memory phase: what comes before the seconds that count, and between two looks."""
 
 
 class Tally:
@@ -83,13 +86,13 @@ async def measure(port: int, pid: int, seconds: float, last: float) -> dict[str,
             await open_loop(sender(pool, tally, requests), load * before["full_per_s"], seconds)
             loads[kind].append({"load": load, **tally.figures(seconds)})
     after = await capacity(pool, exact, seconds)
-    memory = []
+    memory: list[tuple[float, float]] = []
     if last:
-        mixed, tally, until = [request for pair in zip(exact, elastic, strict=True) for request in pair], Tally(), time.monotonic() + last
-        while time.monotonic() < until:
-            memory.append(resident_mb(pid))
-            await open_loop(sender(pool, tally, mixed), 10 * before["full_per_s"], min(10.0, last))
-        memory.append(resident_mb(pid))
+        mixed, tally, started = [request for pair in zip(exact, elastic, strict=True) for request in pair], Tally(), time.monotonic()
+        memory = [(0.0, resident_mb(pid))]
+        while memory[-1][0] < BEFORE_S + last:
+            await open_loop(sender(pool, tally, mixed), 10 * before["full_per_s"], LOOK_S)
+            memory.append((time.monotonic() - started, resident_mb(pid)))
     pool.close()
     return {"capacity": [before, after], "loads": loads, "memory_mb": memory}
 
@@ -115,8 +118,13 @@ def main() -> None:
     print(table(("requests", "load", "full/s", "steps/s", "of capacity", "degraded", "refused", "p50 ms", "p99 ms"), rows))
     print(f"refusals without Retry-After: {sum(one['without_retry_after'] for loads in results['loads'].values() for one in loads)}")
     if results["memory_mb"]:
-        memory = results["memory_mb"]
-        print(f"resident memory over the last {args.last:g} s at 10 x: {memory[0]:.1f} to {memory[-1]:.1f} MB, most {max(memory):.1f}")
+        counted = [mb for seconds, mb in results["memory_mb"] if seconds >= BEFORE_S]
+        results["grown_mb"] = counted[-1] - counted[0]
+        first = results["memory_mb"][0][1]
+        print(
+            f"resident memory at 10 x: {first:.1f} MB at the beginning, {counted[0]:.1f} after {BEFORE_S:g} s; "
+            f"in the {args.last:g} s after that {results['grown_mb']:+.1f} MB, most {max(counted):.1f}"
+        )
     print(f"kept in {keep('overload', {'seconds': args.seconds, 'last': args.last, **results})}")
 
 

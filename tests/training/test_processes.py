@@ -91,7 +91,7 @@ def plain(run: RunConfig) -> RunConfig:
     return replace(run, data=replace(run.data, mask_probability=0.0), epochs=2)
 
 
-@pytest.fixture(params=["static", pytest.param("crops", marks=pytest.mark.slow), "carried"])
+@pytest.fixture(params=["static", *(pytest.param(name, marks=pytest.mark.slow) for name in ("crops", "carried"))])
 def run(request: pytest.FixtureRequest, tiny_run: RunConfig) -> Run:
     still = replace(RUN, data=replace(RUN.data, transpose=0), epochs=3, kl_warmup_epochs=0)
     carried = replace(CARRIED, data=replace(CARRIED.data, transpose=0), epochs=1, kl_warmup_epochs=0)
@@ -110,6 +110,7 @@ def test_two_processes_make_the_same_run_as_one(run: Run, tmp_path: Path) -> Non
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0]), "weights, and the clock, are one"
 
 
+@pytest.mark.slow  # six processes, each of which imports torch
 def test_killed_and_resumed_two_processes_end_with_the_same_bits(tiny_run: RunConfig, tmp_path: Path) -> None:
     straight = finished(tiny_run, tmp_path / "straight", 2)
     assert launch(tiny_run, tmp_path / "killed", 2, at=11, act="kill").returncode == -signal.SIGKILL

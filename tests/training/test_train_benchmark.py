@@ -21,7 +21,11 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("train")
 
 
-@pytest.mark.parametrize("name", ["mnist", "mnist-bf16", "jsb-avf1", "jsb-avf5", "jsb-avf1-bf16", "jsb-avf5-bf16"])
+PUBLISHED = ("mnist", "jsb-avf5", "jsb-avf5-bf16")
+ALSO = [pytest.param(name, marks=pytest.mark.slow) for name in ("mnist-bf16", "jsb-avf1", "jsb-avf1-bf16")]
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *ALSO])
 def test_the_two_sides_of_a_row_are_the_same_update(benchmark: ModuleType, name: str) -> None:
     assert benchmark.difference_of_sides(name, torch.device("cpu"), tiny=True) > 0
     assert name in benchmark.CASES

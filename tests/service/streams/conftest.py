@@ -54,7 +54,7 @@ def export_tiny_speech(folder: Path) -> None:
     data = SequenceDataConfig(f"audio:{sounds}", frames=FRAME, frame_size=FRAME)
     run = SequenceRunConfig("tiny-speech", architecture, data, RefinementConfig(steps=STEPS))
     save_weights(folder / "run", model, run, {"epoch": 0})
-    export(folder / "run", folder / "repository", "tiny-speech", "1", rows=200)
+    export(folder / "run", folder / "repository", "tiny-speech", "1", rows=24)
 
 
 @pytest.fixture(scope="session")

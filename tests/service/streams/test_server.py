@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+from models.artifact import Artifact
 from service.stream_client import FilterStream, Frame, StreamError
 from tests.service.streams.conftest import FRAME, RATE, ServerProcess, sound, write_wav
 
@@ -211,9 +213,14 @@ def test_the_wrong_model_is_refused_before_the_handshake(server: ServerProcess) 
 
 
 def test_silence_and_large_messages_end_a_stream_with_the_reason(start_server: Callable[..., ServerProcess]) -> None:
-    strict = start_server(ELBOW_STREAM_IDLE_S="1.0", ELBOW_MAX_STREAMS="1")
+    strict = start_server(ELBOW_STREAM_IDLE_S="3.0", ELBOW_MAX_STREAMS="1")
     heard, code = talk(strict, [])
     assert (heard[-1]["code"], code) == ("idle", 1008)
+    free = 'elbow_streams_live{model="tiny-speech",version="1"} 0.0'
+    for _ in range(100):  # the stream has ended; its slot is freed a moment later
+        if free in httpx.get(strict.url + "/metrics").text:
+            break
+        time.sleep(0.05)
 
     async def two() -> str:
         async with connect(f"ws://127.0.0.1:{strict.port}{PATH}?seed=1") as first:
@@ -314,3 +321,9 @@ def test_the_document_and_the_curve_describe_the_filter(server: ServerProcess) -
         assert row[0] > 0
     metrics = httpx.get(server.url + "/metrics").text
     assert 'elbow_stream_frames_total{model="tiny-speech",version="1"}' in metrics
+
+
+def test_the_card_of_a_speech_model_has_the_statistics_it_standardises_by(artifact: Artifact) -> None:
+    heard = np.concatenate([sound(seed, 4000)[: 4000 // FRAME * FRAME] for seed in range(6)]) / 32768
+    assert artifact.card.x.std == pytest.approx(heard.std(), rel=0.2)  # some of the six sounds are for validation
+    assert artifact.card.x.mean == pytest.approx(heard.mean(), abs=0.1 * heard.std())
