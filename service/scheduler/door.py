@@ -58,7 +58,8 @@ class Door:
         if budget.elastic:
             ticket.predicted_s = min(ticket.predicted_s, budget.deadline - now)
         needed = start if budget.elastic else start + steps * cost.seconds("step", together)
-        if now + needed > ticket.deadline:
+        # never more than as much again: what is expected to take half of the time that is left is let in
+        if now + needed + min(self._reserve.door, needed + final) > ticket.deadline:
             what = "0 steps" if budget.elastic else f"{steps} steps"
             raise DeadlineExceeded(
                 f"{what} would take {1e3 * (needed + final):.1f} ms, the deadline leaves {1e3 * (budget.deadline - now):.1f} ms"

@@ -131,17 +131,20 @@ class Timing:
 class Reply(NamedTuple):
     """When the reply to a job left, in seconds of the scheduler's clock.
 
-    `answered`: when the scheduler was through. `ended_by`: the deadline that ended its steps, if one did.
+    `answered`: when the scheduler was through. `ended_by`: the deadline that ended its steps, if one did. `stepped`: whether there
+    were any.
     """
 
     at: float
     answered: float
     ended_by: float | None
+    stepped: bool
 
 
 def reply_of(job: Job, result: JobResult, at: float) -> Reply:
     """What a lane learns from a reply that leaves now."""
-    return Reply(at, result.timing.answered, job.budget.deadline if StopReason.DEADLINE in result.stop_reason else None)
+    ended_by = job.budget.deadline if StopReason.DEADLINE in result.stop_reason else None
+    return Reply(at, result.timing.answered, ended_by, bool(result.steps_used.any()))
 
 
 @dataclass

@@ -112,7 +112,7 @@ class StaticLane:
         """A reply is about to leave: what it took is learned from. Called where replies are made."""
         self.reserve.observe(reply.at - reply.answered)
         if reply.ended_by is not None:
-            self.reserve.judge(reply.ended_by - reply.at, reply.at)
+            self.reserve.judge(reply.ended_by - reply.at, reply.at, reply.stepped)
 
     @property
     def weight_waiting(self) -> int:

@@ -22,7 +22,6 @@ from service.jobs import Limits
 from service.repository import Repository, card_sha256
 from service.scheduler.job import Job, JobResult, StepEvent, StopReason, Timing
 from service.telemetry import Metrics
-from tests.made_once import made_once
 
 LATENT = 4
 LIMITS = Limits(max_body_bytes=2**20, max_rows=20, max_samples=16, max_importance_samples=5000, max_deadline_ms=10_000)
@@ -157,13 +156,9 @@ class Service:
 @pytest.fixture(scope="session")
 def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with one real, untrained model in both formats: iterative/1, recurrent, 20 numbers in [0, 1] per row."""
-    from tests.service.engine.conftest import export_tiny
+    from tests.service.engine.conftest import exported_once
 
-    def make(repository: Path) -> None:
-        (repository / "iterative" / "1").mkdir(parents=True)
-        export_tiny(repository / "iterative" / "1", "iterative")
-
-    return made_once(tmp_path_factory, "tiny-repository", make)
+    return exported_once(tmp_path_factory, "iterative")
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """Two tiny untrained models, exported as the real exporter does: what an engine reads, in a second."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 
 from models.artifact import Artifact, Card, Curve, LevelSpec, LikelihoodSpec, Quantiles, XSpec, write_card, write_reference
+from tests.made_once import made_once
 
 X_SIZE, LATENT = 20, 4
 
@@ -47,6 +49,16 @@ def export_tiny(folder, kind):
     return folder
 
 
+def exported_once(factory: pytest.TempPathFactory, kind: str) -> Path:
+    """A repository with the model `kind`/1, the same for all workers."""
+
+    def make(repository: Path) -> None:
+        (repository / kind / "1").mkdir(parents=True)
+        export_tiny(repository / kind / "1", kind)
+
+    return made_once(factory, f"tiny-{kind}", make)
+
+
 @pytest.fixture(scope="session", params=["iterative", "direct"])
 def artifact(request, tmp_path_factory):
-    return Artifact.open(export_tiny(tmp_path_factory.mktemp(request.param), request.param))
+    return Artifact.open(exported_once(tmp_path_factory, request.param) / request.param / "1")

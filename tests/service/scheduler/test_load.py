@@ -144,14 +144,27 @@ def test_an_unbounded_load_is_never_over_and_never_degrades():
 
 def test_the_reserve_grows_with_misses_and_shrinks_with_what_was_met():
     reserve, before = Reserve(0.0005), Reserve(0.0005).tail
-    reserve.judge(-0.001, now=1.0)
+    reserve.judge(-0.001, now=1.0, stepped=True)
     grown = reserve.tail
     assert grown > before
-    reserve.judge(-0.001, now=1.001)  # the same pause of the machine
+    reserve.judge(-0.001, now=1.001, stepped=True)  # the same pause of the machine
     assert reserve.tail == grown
     for _ in range(100):
-        reserve.judge(0.005, now=2.0)
+        reserve.judge(0.005, now=2.0, stepped=True)
     assert reserve.tail < grown
+
+
+def test_a_reply_without_a_step_moves_only_what_the_door_asks_for():
+    reserve = Reserve(0.0005)
+    tail = reserve.tail
+    for number in range(10):
+        reserve.judge(-0.001, now=float(number), stepped=False)
+    assert reserve.tail == tail
+    grown = reserve.door
+    assert grown > 0
+    for number in range(4000):
+        reserve.judge(0.001, now=10.0 + number, stepped=False)
+    assert reserve.door == 0.0
 
 
 def test_the_reserve_settles_at_the_tail_of_what_happens():
@@ -162,7 +175,7 @@ def test_the_reserve_settles_at_the_tail_of_what_happens():
         pause = 0.005 * ((number * 0.618034) % 1.0)
         spare = reserve.tail - pause
         missed += spare < 0.0002 and number > 5000
-        reserve.judge(spare, now=float(number))
+        reserve.judge(spare, now=float(number), stepped=True)
     assert 0.002 < missed / (count - 5000) < 0.008
 
 

@@ -1,6 +1,7 @@
 """What a job's answer is: independent of neighbours, of order, of how it was cut, and true to the exact posterior."""
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -299,6 +300,24 @@ def test_a_deadline_that_zero_steps_cannot_meet_is_refused_at_once():
     scheduler = timed(clock)
     with pytest.raises(DeadlineExceeded, match="0 steps"):
         scheduler.enqueue(job(1, 5, deadline=clock.now + 0.0001, elastic=True))
+
+
+def test_a_deadline_that_replies_without_a_step_keep_missing_is_refused_but_twice_their_time_never():
+    """`init` and `score` take 1 ms each; every third reply leaves 3 ms late."""
+    clock = Clock()
+    scheduler = timed(clock, step=0.05, other=0.001)
+    admitted = 0
+    for number in range(400):
+        clock.now += 0.1
+        with suppress(DeadlineExceeded):
+            ticket = scheduler.enqueue(job(1, 5, deadline=clock.now + 0.0045, elastic=True))
+            admitted += 1
+            scheduler.drain()
+            clock.now += 0.0002 if number % 3 else 0.003
+            assert ticket.outcome.steps_used.tolist() == [0]
+            scheduler.replied(ticket.job, ticket.outcome)
+    assert 0 < admitted < 100
+    scheduler.enqueue(job(1, 5, deadline=clock.now + 2 * 0.0045, elastic=True))
 
 
 def test_an_exact_deadline_gets_all_steps_or_nothing():
