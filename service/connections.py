@@ -123,6 +123,11 @@ def guarded(patience: Patience, metrics: Metrics) -> type[HttpToolsProtocol]:
             super().handle_websocket_upgrade()
             metrics.connections.set(len(self.connections))
 
+        def is_about_to_ask(self, patience_s: float) -> bool:
+            """Whether it was made less than `patience_s` ago, or began to ask then, and has not asked anything yet."""
+            begun = self.cycle is not None or self._upgraded or self._lingers or self.transport.is_closing()
+            return not begun and self.loop.time() - self._since < patience_s
+
         # Called by the parser, within data_received.
 
         def on_message_begin(self) -> None:

@@ -28,8 +28,9 @@ from service.telemetry import LOG, Metrics
 
 REPLY_S = 2
 """After the scheduler has stopped, for the last replies to leave."""
-LAST_S = 0.2
-"""After the listeners have closed, for connections taken in the last instant: for TLS handshakes, then for requests to be refused."""
+LAST_S, SPEAK_S = 0.2, 1.0
+"""After the listeners have closed, for connections taken in the last instant: for TLS handshakes and for requests to be refused; longer
+where somebody has connected and, on a starved machine, not said yet what for."""
 LOOK_S = 0.1
 
 
@@ -88,7 +89,12 @@ class DrainingServer(uvicorn.Server):
             for connection in taken
         ]
         await asyncio.gather(*letting_in, return_exceptions=True)  # whose handshake fails, or does not come, concerns nobody else
-        await self._wait(asyncio.sleep(LAST_S))
+        await self._wait(self._hear_the_last())
+
+    async def _hear_the_last(self) -> None:
+        await asyncio.sleep(LAST_S)
+        while any(_is_about_to_ask(connection) for connection in self.server_state.connections):
+            await asyncio.sleep(LOOK_S / 4)
 
     def _protocol(self) -> asyncio.Protocol:
         kind: Any = self.config.http_protocol_class
@@ -107,6 +113,11 @@ class DrainingServer(uvicorn.Server):
                 break
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _is_about_to_ask(connection: Any) -> bool:
+    asks = getattr(connection, "is_about_to_ask", None)  # a WebSocket's connection has asked
+    return asks is not None and asks(SPEAK_S)
 
 
 def _waiting_at(listener: socket.socket) -> Iterator[socket.socket]:

@@ -20,7 +20,7 @@ import uvicorn
 
 from service.app import create_app
 from service.connections import Patience, guarded
-from service.process import LAST_S, DrainingServer
+from service.process import LAST_S, SPEAK_S, DrainingServer
 from service.settings import Settings
 from service.telemetry import Metrics
 from tests.service.test_connections import app, wait_for
@@ -159,3 +159,31 @@ def test_who_waits_in_the_accept_queue_waits_for_nobody_else(certificate: tuple[
         took, said = runner.run(main())
     assert said.startswith(b"HTTP/1.1 401")
     assert took < 4 * LAST_S
+
+
+def test_who_connected_in_the_last_instant_and_is_slow_to_ask_is_answered() -> None:
+    """A client on a starved machine; one that never speaks costs a second."""
+    server = draining_server(
+        app, SimpleNamespace(state=SimpleNamespace(server=Parts(0))), Settings(drain_delay_s=0, drain_s=0.1), lifespan="off"
+    )
+
+    def ask(client: socket.socket, after_s: float) -> bytes:
+        time.sleep(after_s)
+        client.sendall(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
+        return client.recv(12)
+
+    async def main() -> tuple[bytes, float]:
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        loop = asyncio.get_running_loop()
+        server.servers = [await loop.create_server(server._protocol, "127.0.0.1", 0)]
+        to = server.servers[0].sockets[0].getsockname()
+        with socket.create_connection(to, timeout=5) as slow, socket.create_connection(to, timeout=5):
+            asking = loop.run_in_executor(None, ask, slow, 3 * LAST_S)
+            began = time.monotonic()
+            await server.shutdown()
+            return await asking, time.monotonic() - began
+
+    said, took = asyncio.run(main())
+    assert said == b"HTTP/1.1 401"
+    assert SPEAK_S <= took < 5 * SPEAK_S
