@@ -11,7 +11,7 @@ from training.retrace import retrace
 SHIPPED = Path(__file__).parents[2] / "checkpoints"
 
 
-@pytest.mark.parametrize("name", ["mnist-iterative", "speech-filter"])
+@pytest.mark.parametrize("name", ["mnist-iterative", pytest.param("speech-filter", marks=pytest.mark.slow)])
 def test_a_retraced_artifact_is_whole_and_computes_the_reference(name, tmp_path):
     made = Artifact.open(retrace(SHIPPED / name / "1", tmp_path))
     shipped = Artifact.open(SHIPPED / name / "1")
