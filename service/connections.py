@@ -125,8 +125,8 @@ def guarded(patience: Patience, metrics: Metrics) -> type[HttpToolsProtocol]:
 
         def is_about_to_ask(self, patience_s: float) -> bool:
             """Whether it was made less than `patience_s` ago, or began to ask then, and has not asked anything yet."""
-            begun = self.cycle is not None or self._upgraded or self._lingers or self.transport.is_closing()
-            return not begun and self.loop.time() - self._since < patience_s
+            asked = self.cycle is not None or self._upgraded or self._lingers or self.transport.is_closing()
+            return not asked and self.loop.time() - self._since < patience_s
 
         # Called by the parser, within data_received.
 
