@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors.numpy import load_file, save_file
 
 FORMAT_VERSION = 1
@@ -104,6 +104,12 @@ class LevelSpec(_Frozen):
     kind: Literal["gaussian"] = "gaussian"
     size: int
     parameters: dict[str, str]
+
+    @field_validator("parameters")
+    @classmethod
+    def _mean_first(cls, parameters: dict[str, str]) -> dict[str, str]:
+        """The order in which clients see them: a card on disk has its keys sorted."""
+        return dict(sorted(parameters.items(), key=lambda item: (item[0] != "mu", item[0])))
 
 
 class Curve(_Frozen):

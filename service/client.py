@@ -319,9 +319,10 @@ def generate(
 
 
 def dream(
-    client: _Base, /, frames: int, *, count: int = 1, seed: int = 0, state: str | None = None, model: str | None = None
+    client: _Base, /, frames: int, *, count: int = 1, seed: int | None = None, state: str | None = None, model: str | None = None
 ) -> Call[list[Dream]]:
-    """`count` sequences of so many frames drawn from a filter's model: from the beginning, or on from a state (`generate` of a filter)."""
+    """`count` sequences of so many frames drawn from a filter's model: from the beginning, or on from a state (`generate` of a filter).
+    Without a `seed` a sequence goes on with the noise of the state's."""
     body = {"frames": frames, "count": count, "seed": seed, "state": state}
     return Call("POST", client.path("/generate", model), lambda raw: [Dream.parse(result) for result in raw["results"]], body)
 

@@ -91,7 +91,9 @@ class DreamBody(Body):
 
     count: AtLeastOne = Field(1, description="how many sequences")
     frames: AtLeastOne = Field(1, description="of each; count x frames is bounded like rows")
-    seed: Seed = Field(0, description="each sequence has noise of its own, derived from the seed")
+    seed: Seed | None = Field(
+        None, description="each sequence has noise of its own, derived from the seed; default: that of the state's sequence, else 0"
+    )
     state: str | None = Field(None, description="the state of an earlier reply, or a stream's token: what all sequences go on from")
 
 
@@ -101,7 +103,7 @@ class FilterBody(Body):
     frames: Any = Field(description="one list of numbers per frame, in order")
     mask: Any = Field(None, description="same shape as frames: 1 = observed, 0 = missing; null: all observed")
     state: str | None = Field(None, description="the state of an earlier reply; null: a fresh sequence")
-    steps: Count | None = Field(None, description="refinement steps per frame; default: the trained number")
+    steps: Count | None = Field(None, description="refinement steps per frame; default: those of the state, else the trained number")
     elastic: bool | None = Field(None, description="fewer steps are acceptable under load; null: no")
     seed: Seed | None = Field(None, description="of all noise of the sequence; with a state: that of its sequence; default 0")
     parts: list[StreamPart] = Field(

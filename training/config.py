@@ -36,12 +36,14 @@ class RefinementConfig:
     """K refinement steps per update, and S samples per step (antithetic: in pairs ε, −ε). A direct model only has S.
 
     late: in φ's loss step i weighs in proportion to i, instead of all alike.
+    linked: from the step after so many on, φ's loss also goes back through λ to the steps before; None = never, as published.
     """
 
     steps: int = 5
     samples: int = 1
     antithetic: bool = False
     late: bool = False
+    linked: int | None = None
 
 
 @dataclass(frozen=True)

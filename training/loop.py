@@ -42,7 +42,9 @@ class Trainer(RunLoop):
         self.train_x = self._resident(self.images.train[: run.train_rows])
         self.valid_x = self._resident(self.images.valid[: run.validation_rows])
         self.batches = Batches(self.train_x, min(run.batch_size, len(self.train_x)), self.generators["order"], drop_last=run.compiled)
-        self.gradients = Gradients(self.static, run.refinement.steps, self._autocast, run.compiled, run.refinement.late)
+        self.gradients = Gradients(
+            self.static, run.refinement.steps, self._autocast, run.compiled, run.refinement.late, run.refinement.linked
+        )
 
     def update(self, index: Tensor) -> dict[str, Tensor]:
         """Draws x, mask and noise, adds up the gradients, steps both optimisers. `index`: rows of the training set."""

@@ -6,6 +6,9 @@
 ∇λ L(λ_i), which the next call of f reads, is also all that the loss at λ_i sends into φ. So each λ_i costs one decoder
 pass forward and one back to λ, and φ's backward runs once at the end from these gradients, over the rows of all steps at once, with
 the matrix products that the steps have made already (training/kept_products.py). Sums over rows.
+
+An option, not published: from some step on λ_{i−1} is not held fixed (`linked`), so that a step also learns what it leaves to the next;
+∇λ L stays a mere input. φ's backward then goes from step to step.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from models.catalogue import LatentModel
 from models.gaussian import DiagonalGaussian, Posterior
-from models.inference.base import State
+from models.inference.base import Context, State
 from models.objective import ElboTerms, Evidence, Noise, elbo, evidence
 from models.refinement import begin
 from training.kept_products import Give, Keep
@@ -64,11 +67,13 @@ def accumulate(
     noise: FreshNoise,
     kl_weight: float | Tensor = 1.0,
     late: bool = False,
+    linked: int | None = None,
 ) -> list[Seen]:
     """Adds the gradients of one update to φ and θ; gives what was seen after 0 … K steps (direct: one entry).
 
     `noise()` must give fresh noise at every call. `late`: w_i ∝ i instead of 1/K, so that the small gains of late steps
-    count beside the large ones of the first (Lin 2019, IODINE).
+    count beside the large ones of the first (Lin 2019, IODINE). `linked`: later losses reach φ through λ_i too, for every i above it; the
+    answers of the first `linked` steps are thus as published.
     """
     if not model.inference.refines:
         state, _ = begin(model.generative, model.inference, x, mask)
@@ -82,6 +87,8 @@ def accumulate(
     state, context = begin(model.generative, model.inference, x, mask)
     state = _leaf(state)
     weights = [2 * (i + 1) / (refinement_steps + 1) / refinement_steps if late else 1 / refinement_steps for i in range(refinement_steps)]
+    if linked is not None:
+        return _accumulate_linked(model, x, mask, (state, context), weights, noise, kl_weight, linked)
     trace: list[Seen] = []
     steps: list[tuple[State, Evidence]] = []
     products: list[list[Tensor]] = []
@@ -111,6 +118,42 @@ def accumulate(
             _joined_evidence([seen for _, seen in steps]),
         )
     torch.autograd.backward(_pairs(answer.q), signals)
+    return trace
+
+
+def _accumulate_linked(
+    model: LatentModel,
+    x: Tensor,
+    mask: Tensor,
+    begun: tuple[State, Context],
+    weights: Sequence[float],
+    noise: FreshNoise,
+    kl_weight: float | Tensor,
+    linked: int,
+) -> list[Seen]:
+    """The same with each λ_i, i > `linked`, part of one graph."""
+    state, context = begun
+    trace: list[Seen] = []
+    answers: list[list[Tensor]] = []
+    signals: list[list[Tensor]] = []
+    for i, weight in enumerate([0.0, *weights[:-1]]):
+        if i <= linked:
+            state = _leaf(state)
+        fixed = _leaf(state)
+        with torch.no_grad():
+            seen = evidence(model.generative, fixed.q, x, mask, noise(), errors=model.inference.reads_errors, kl_weight=kl_weight)
+        trace.append(_seen(seen.terms, _pairs(seen.grad)))
+        if i:
+            signals.append([-weight * part for part in _pairs(seen.grad)])
+        state = model.inference.step(state, context, seen)
+        answers.append(_pairs(state.q))
+    last = _leaf(state, requires_grad=True)
+    terms = elbo(model.generative, last.q, x, mask, noise())
+    (-terms.annealed(kl_weight).sum()).backward()
+    descent = _gradients(last.q)
+    trace.append(_seen(terms, descent))
+    signals.append([weights[-1] * part for part in descent])
+    torch.autograd.backward([part for parts in answers for part in parts], [part for parts in signals for part in parts])
     return trace
 
 
@@ -150,7 +193,7 @@ def _gradients(q: Posterior) -> list[Tensor]:
 
 def _leaf(state: State, requires_grad: bool = False) -> State:
     q = tuple(DiagonalGaussian(*(part.detach().requires_grad_(requires_grad) for part in _pairs((level,)))) for level in state.q)
-    return State(q, state.memory)
+    return State(q, {name: value.detach() for name, value in state.memory.items()})
 
 
 def _seen(terms: ElboTerms, gradients: list[Tensor]) -> Seen:

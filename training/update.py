@@ -27,15 +27,17 @@ class Gradients:
 
     Args:
         autocast: makes the context in which matrices may run at reduced precision.
-        late: weigh late steps more (`accumulate`).
+        late, linked: as `accumulate` has them.
         compiled: trace and compile at the first call; every later call must have the same shapes. On a GPU what a call returns, and
             the gradients it leaves, hold until the next call.
     """
 
-    def __init__(self, model: LatentModel, refinement_steps: int, autocast: Autocast, compiled: bool, late: bool = False):
+    def __init__(
+        self, model: LatentModel, refinement_steps: int, autocast: Autocast, compiled: bool, late: bool = False, linked: int | None = None
+    ):
         self._model, self._autocast = model, autocast
         self._parameters = dict(model.named_parameters())
-        self._update = _Accumulate(model, refinement_steps, len(model.generative.latent_sizes), late)
+        self._update = _Accumulate(model, refinement_steps, len(model.generative.latent_sizes), late, linked)
         self._compiled: Callable[..., list[Tensor]] | None = None
         self._wants_compiled = compiled
 
@@ -72,13 +74,13 @@ class Gradients:
 class _Accumulate(nn.Module):
     """`accumulate` as a module, so that `functional_call` can put other parameters in."""
 
-    def __init__(self, model: LatentModel, refinement_steps: int, levels: int, late: bool):
+    def __init__(self, model: LatentModel, refinement_steps: int, levels: int, late: bool, linked: int | None):
         super().__init__()
-        self.model, self.refinement_steps, self.levels, self.late = model, refinement_steps, levels, late
+        self.model, self.refinement_steps, self.levels, self.late, self.linked = model, refinement_steps, levels, late, linked
 
     def forward(self, x: Tensor, mask: Tensor, kl_weight: Tensor, noise: list[Tensor]) -> list[Tensor]:
         draws = iter(zip(*(noise[level :: self.levels] for level in range(self.levels)), strict=True))
-        trace = accumulate(self.model, x, mask, self.refinement_steps, lambda: next(draws), kl_weight, self.late)
+        trace = accumulate(self.model, x, mask, self.refinement_steps, lambda: next(draws), kl_weight, self.late, self.linked)
         return [part for seen in trace for part in (seen.elbo, seen.log_likelihood, seen.grad_mu, seen.grad_log_sigma)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.errors import ElbowError, InvalidInput, Overloaded, ShuttingDown
@@ -20,6 +20,8 @@ from service.streams.stream import Portion, Stream, StreamDoor
 from service.streams.tokens import Snapshot
 
 MAX_ID = 128
+AT_HAND = frozenset({"log_likelihood", "kl"})
+"""Parts of a result that cost nothing: any request of a sequence may ask for them. The others are chosen at its start."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class Sequences:
         if len(self._live) >= self._most:
             raise Overloaded(f"{self._most} sequences are live, no more are taken: end some", retry_after_s=5.0)
         summary = frames.snapshot.summary if frames.snapshot else FRESH
-        stream = Stream(spec_of(frames.settings, 0.0, frames.snapshot), self._answered, asyncio.get_running_loop())
+        spec = spec_of(frames.settings, 0.0, frames.snapshot)
+        stream = Stream(replace(spec, parts=spec.parts | AT_HAND), self._answered, asyncio.get_running_loop())
         lane.open(stream)
         sequence = self._live[name] = Sequence(name, model, lane, frames.settings, stream, summary, self._clock())
         self._wait_for_idle()

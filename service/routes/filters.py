@@ -75,11 +75,11 @@ async def dream(request: Request) -> Response:
         if chosen is not model:
             lane = server.scheduler.stream_lane(chosen.key)
         key_id = key_id_of(request)
-        dreams = read_dreams(body, chosen, server.tokens, key_id, server.limits.max_rows)
+        dreams = read_dreams(body, chosen, server.tokens, key_id, server.limits.max_rows, lane.capacity)
         charge(body.count * body.frames)
         portions = await on_streams(request, server, lane, [(dream_spec(frames), frames) for frames in dreams])
     results = [dream_result(p, frames, chosen, server.tokens, key_id) for p, frames in zip(portions, dreams, strict=True)]
-    head = {"model": chosen.name, "version": chosen.version, "precision": chosen.precision, "seed": body.seed}
+    head = {"model": chosen.name, "version": chosen.version, "precision": chosen.precision, "seed": dreams[0].settings["seed"]}
     return replies.json_response({**head, "results": results, "timing": {"total_ms": 1e3 * (server.clock() - began)}})
 
 

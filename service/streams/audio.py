@@ -8,6 +8,7 @@ samples, whatever the message it came in.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from math import gcd
 from typing import Any
@@ -185,22 +186,27 @@ class AudioInput:
         return samples[:whole].reshape(-1, self.frame_size)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Everything that `restore` needs besides the constructor's arguments."""
+        """Everything that `restore` needs besides the constructor's arguments. Bytes of a sample that is not whole yet are not in it:
+        whoever goes on sends from sample `samples` on."""
         arrays: dict[str, NDArray[Any]] = {
             "samples": np.array([self.samples], np.int64),
             "partial": self._partial.copy(),
-            "odd": np.frombuffer(self._odd, np.uint8).copy(),
         }
         if self._resampler is not None:
             arrays["tail"] = self._resampler.tail.copy()
             arrays["place"] = np.array([self._resampler.first, self._resampler.made], np.int64)
         return arrays
 
+    @staticmethod
+    def between_frames(arrays: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether this state, as `state` gave it, holds no sample that waits for its frame, and no resampler's tail."""
+        return "tail" not in arrays and not arrays["partial"].size
+
     def restore(self, arrays: dict[str, NDArray[Any]]) -> None:
         """Takes over what `state` of an input of the same kind gave."""
         self.samples = int(arrays["samples"][0])
         self._partial = np.asarray(arrays["partial"], np.float32)
-        self._odd = arrays["odd"].tobytes()
+        self._odd = b""
         if self._resampler is not None:
             self._resampler.tail = np.asarray(arrays["tail"], np.float32)
             self._resampler.first, self._resampler.made = (int(value) for value in arrays["place"])

@@ -17,18 +17,21 @@ from service.streams.stream import Portion, StreamSpec
 from service.streams.tokens import Tokens
 
 
-def read_dreams(body: DreamBody, model: ServedModel, tokens: Tokens, key_id: str, max_rows: int) -> list[Frames]:
-    """What each sequence of `body` begins with; its frames are blank, and only their number counts.
+def read_dreams(body: DreamBody, model: ServedModel, tokens: Tokens, key_id: str, max_rows: int, most: int) -> list[Frames]:
+    """What each sequence of `body` begins with; its frames are blank, and only their number counts. `most`: sequences at once.
 
     Raises:
-        InvalidInput: too many frames. TokenRefused: as `Tokens.read`, or the state has samples waiting for their frame.
+        InvalidInput: too many frames, or sequences. TokenRefused: as `Tokens.read`, or the state has samples waiting for their frame.
     """
+    if body.count > most:
+        raise InvalidInput.at("count", f"must be at most {most}, the streams that this server steps at once, not {body.count}")
     if body.count * body.frames > max_rows:
         raise InvalidInput.at("frames", f"must be at most {max_rows} over all sequences, not {body.count} x {body.frames}")
     snapshot = None if body.state is None else tokens.read(body.state, model.sha256, key_id)
     blank = np.zeros((body.frames, model.card.x.size), np.float32)
     # as for frames that are filtered: whoever goes on from the state after a dream may filter what comes next
-    bodies = [FilterBody.model_validate({"frames": [], "seed": seed}) for seed in spread(body.seed, body.count).tolist()]
+    first = body.seed if body.seed is not None else 0 if snapshot is None else int(snapshot.settings.get("seed", 0))
+    bodies = [FilterBody.model_validate({"frames": [], "seed": seed}) for seed in spread(first, body.count).tolist()]
     return [Frames(settings_for(one, model, snapshot), snapshot, blank, None) for one in bodies]
 
 

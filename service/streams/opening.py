@@ -163,5 +163,8 @@ def refuse_foreign(snapshot: Snapshot) -> None:
     Raises:
         TokenRefused: it is such a token.
     """
-    if snapshot.audio:
-        raise TokenRefused("state: this token belongs to a WebSocket stream of audio: open one with it")
+    if snapshot.audio and not AudioInput.between_frames(snapshot.audio):
+        raise TokenRefused(
+            "state: samples of audio wait in this token for the rest of their frame, or for their resampler: "
+            "open a WebSocket stream with it, or take one between two frames of a stream at the model's own rate"
+        )

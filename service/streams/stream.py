@@ -98,8 +98,11 @@ class Portion:
 class StreamDoor(Protocol):
     """Where the streams of a model go: its lane, as those who hold streams see it. All calls may be made in the event loop.
 
-    `draining`: the server is stopping. `live`: streams open.
+    `draining`: the server is stopping. `live`: streams open. `capacity`: how many may be.
     """
+
+    @property
+    def capacity(self) -> int: ...
 
     @property
     def draining(self) -> bool: ...

@@ -21,6 +21,7 @@ ITERATIVE = {
     "gradients": IterativeArchitecture(("x", "grad_layer_norm", "grad_log_sign", "q"), (16, 16)),
     "errors": IterativeArchitecture(("x", "error_x", "error_z", "q"), (16, 16), encode_mask=True),
     "recurrent": IterativeArchitecture(("grad_raw", "q", "step", "previous_grad"), (16,), recurrent=True, highway=True),
+    "later bias": IterativeArchitecture(("x", "grad_log_sign", "q"), (16, 16), later_bias=0.5),
 }
 
 
@@ -42,8 +43,11 @@ def batch(dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tenso
     return x, mask, noise
 
 
-def naive(model: LatentModel, x: Tensor, mask: Tensor, noise: list[Noise], kl_weight: float) -> dict[str, Tensor]:
-    """The loss of Marino 2018 written as it reads: φ from the mean over steps, θ from the last step only."""
+def naive(
+    model: LatentModel, x: Tensor, mask: Tensor, noise: list[Noise], kl_weight: float, linked: int | None = None
+) -> dict[str, Tensor]:
+    """The loss of Marino 2018 written as it reads: φ from the mean over steps, θ from the last step only. From step `linked` on without
+    the detach of λ."""
     theta, phi = list(model.generative.parameters()), list(model.inference.parameters())
     state, context = begin(model.generative, model.inference, x, mask)
     losses = []
@@ -56,8 +60,9 @@ def naive(model: LatentModel, x: Tensor, mask: Tensor, noise: list[Noise], kl_we
         error_x, error_z = prediction_errors(model.generative, detached, x, mask, noise[k])
         error_z = tuple(error.detach() for error in error_z)
         seen = Evidence((DiagonalGaussian(*grad),), error_x.detach(), error_z, terms)
-        memory = {name: value.detach() for name, value in state.memory.items()}
-        state = model.inference.step(State(detached, memory), context, seen)
+        if linked is None or k <= linked:
+            state = State(detached, {name: value.detach() for name, value in state.memory.items()})
+        state = model.inference.step(state, context, seen)
         losses.append(-elbo(model.generative, state.q, x, mask, noise[k + 1]).annealed(kl_weight).sum())
     mean = torch.stack(losses).sum() / K
     last = -elbo(model.generative, (state.q[0].detach(),), x, mask, noise[K]).annealed(kl_weight).sum()
@@ -65,15 +70,19 @@ def naive(model: LatentModel, x: Tensor, mask: Tensor, noise: list[Noise], kl_we
     return {name: gradient for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True)}
 
 
-@pytest.mark.parametrize("kl_weight", [1.0, 0.3])
+@pytest.mark.parametrize(("kl_weight", "linked"), [(1.0, None), (0.3, None), (0.3, 0), (1.0, 2)])
 @pytest.mark.parametrize("architecture", ITERATIVE.values(), ids=ITERATIVE)
 def test_gradients_of_an_iterative_update_are_those_of_the_naive_loop(
-    architecture: IterativeArchitecture, kl_weight: float, batch: tuple[Tensor, Tensor, list[Noise]], dtype: torch.dtype
+    architecture: IterativeArchitecture,
+    kl_weight: float,
+    linked: int | None,
+    batch: tuple[Tensor, Tensor, list[Noise]],
+    dtype: torch.dtype,
 ) -> None:
     model, (x, mask, noise) = model_of(architecture, dtype), batch
-    expected = naive(model, x, mask, noise, kl_weight)
+    expected = naive(model, x, mask, noise, kl_weight, linked)
     draws = iter(noise)
-    trace = accumulate(model, x, mask, K, lambda: next(draws), kl_weight)
+    trace = accumulate(model, x, mask, K, lambda: next(draws), kl_weight, linked=linked)
     assert len(trace) == K + 1
     assert next(draws, None) is None
     tolerance = {"atol": 1e-9, "rtol": 1e-9} if dtype == torch.float64 else {"atol": 1e-3, "rtol": 1e-3}
@@ -81,6 +90,18 @@ def test_gradients_of_an_iterative_update_are_those_of_the_naive_loop(
         assert parameter.grad is not None, name
         assert_close(parameter.grad, expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
         assert bool((parameter.grad != 0).any()), name
+
+
+def test_linked_steps_learn_what_they_leave_to_the_next(batch: tuple[Tensor, Tensor, list[Noise]], dtype: torch.dtype) -> None:
+    gradients = []
+    for linked in (None, K, 2, 0):
+        model, (x, mask, noise) = model_of(ITERATIVE["gradients"], dtype), batch
+        draws = iter(noise)
+        accumulate(model, x, mask, K, lambda draws=draws: next(draws), late=True, linked=linked)  # type: ignore[misc]
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
+    assert_close(gradients[1], gradients[0], atol=1e-4 if dtype == torch.float32 else 1e-10, rtol=1e-4)
+    apart = [float((gradient - gradients[0]).norm() / gradients[0].norm()) for gradient in gradients[2:]]
+    assert 1e-3 < apart[0] < apart[1]
 
 
 def test_gradients_of_a_direct_update_are_those_of_plain_autograd(batch: tuple[Tensor, Tensor, list[Noise]], dtype: torch.dtype) -> None:

@@ -29,7 +29,11 @@ CASES: dict[str, tuple[str, InferenceArchitecture]] = {
     "everything": (
         "gaussian",
         IterativeArchitecture(
-            ("x", "grad_raw", "error_x", "error_z", "q_layer_norm", "step", "previous_grad"), (16, 16), highway=True, recurrent=True
+            ("x", "grad_raw", "error_x", "error_z", "q_layer_norm", "step", "previous_grad"),
+            (16, 16),
+            highway=True,
+            recurrent=True,
+            later_bias=1.0,
         ),
     ),
     "direct": ("bernoulli", DirectArchitecture(HIDDEN, encode_mask=True)),

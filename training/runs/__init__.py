@@ -14,6 +14,7 @@ RUNS: dict[str, Callable[[], RunConfig | SequenceRunConfig]] = {
     "mnist-direct-polished": mnist.mnist_direct_polished,
     "mnist-iterative-polished": mnist.mnist_iterative_polished,
     "mnist-iterative-late": mnist.mnist_iterative_late,
+    "mnist-iterative-linked": mnist.mnist_iterative_linked,
     "mnist-landscape": mnist.mnist_landscape,
     "digits-tiny": mnist.digits_tiny,
     "digits-masked": mnist.digits_masked,

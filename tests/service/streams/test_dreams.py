@@ -43,8 +43,15 @@ def test_sequences_repeat_by_seed_and_each_has_noise_of_its_own(client: ElbowCli
 def test_what_goes_on_from_a_state_is_what_would_have_come(client: ElbowClient) -> None:
     whole = client.dream(9, seed=3)[0]
     begin = client.dream(4, seed=3)[0]
-    rest = client.dream(5, seed=3, state=begin.state)[0]
-    assert rest.frame == 4
+    for seed in (3, None):
+        rest = client.dream(5, seed=seed, state=begin.state)[0]
+        assert rest.frame == 4
+        np.testing.assert_allclose(np.concatenate([begin.frames, rest.frames]), whole.frames, atol=1e-5)
+
+
+def test_one_of_several_goes_on_alone(client: ElbowClient) -> None:
+    whole, begin = client.dream(6, count=2, seed=3)[1], client.dream(4, count=2, seed=3)[1]
+    rest = client.dream(2, state=begin.state)[0]
     np.testing.assert_allclose(np.concatenate([begin.frames, rest.frames]), whole.frames, atol=1e-5)
 
 
@@ -110,7 +117,9 @@ def test_a_foreign_state_is_refused(client: ElbowClient) -> None:
 def test_more_sequences_than_streams_are_refused_and_leave_nothing_open(start_server: Callable[..., ServerProcess]) -> None:
     few = start_server(ELBOW_MAX_STREAMS="4")
     for _ in range(3):
-        assert httpx.post(few.url + PATH, json={"count": 5, "frames": 1}).status_code == 503
+        refused = httpx.post(few.url + PATH, json={"count": 5, "frames": 1})
+        assert refused.status_code == 422
+        assert "count: must be at most 4" in refused.json()["detail"]
         assert httpx.post(few.url + PATH, json={"count": 4, "frames": 1}).status_code == 200
 
 
