@@ -118,9 +118,10 @@ def guarded(patience: Patience, metrics: Metrics) -> type[HttpToolsProtocol]:
             self._head_open = False
             if self.transport.is_closing() or self._lingers:  # its head was too large
                 return
-            self._upgraded = True
-            self._watch.cancel()  # the WebSocket's protocol has timers of its own
+            self._upgraded, self._moved_at = True, self.loop.time()
             super().handle_websocket_upgrade()
+            self._watch.cancel()  # how long it may say nothing is the stream's to know
+            self._look_at_reader()
             metrics.connections.set(len(self.connections))
 
         def is_about_to_ask(self, patience_s: float) -> bool:
@@ -175,6 +176,19 @@ def guarded(patience: Patience, metrics: Metrics) -> type[HttpToolsProtocol]:
                 ends = now + LINGER_S
             self._watch.cancel()
             self._watch = self.loop.call_at(min(ends, now + (LINGER_S if self._lingers else patience.send_s) / 4), self._look)
+
+        def _look_at_reader(self) -> None:
+            """Of a WebSocket: cut when its client takes nothing of what was sent, be it only pongs, or after the last word."""
+            if self.transport.get_extra_info("socket").fileno() < 0:
+                return
+            now = self.loop.time()
+            unsent, acknowledged = _unsent(self.transport)
+            if acknowledged >= self._due or not unsent:
+                self._moved_at, self._due = now, acknowledged + min(unsent, LEAST_TAKEN)
+            if now >= self._moved_at + patience.send_s:
+                self.transport.abort()
+                return
+            self._watch = self.loop.call_later(patience.send_s / 4, self._look_at_reader)
 
         def _look_by(self, when: float) -> None:
             if when < self._watch.when():

@@ -20,6 +20,12 @@ def json_response(content: object) -> Response:
     return Response(dump(content), media_type="application/json")
 
 
+def size(result: JobResult) -> int:
+    """Bytes of the arrays that a reply may show: as JSON they are a few times as many."""
+    arrays = [*result.carry.values(), *(result.z or {}).values(), *(array for array in (result.mean, result.x) if array is not None)]
+    return sum(array.nbytes for array in arrays)
+
+
 def dump(content: object) -> bytes:
     """JSON, numpy arrays included; a number that is not finite becomes null."""
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

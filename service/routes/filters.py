@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -45,7 +45,12 @@ async def _filtered(request: Request, charge: Callable[[float], None]) -> Respon
     model, frames = await in_worker_if_large(len(raw), prepare)
     charge(len(frames.x) * (1 + frames.settings["steps"]))
     portion = await filter_alone(request, server, server.scheduler.stream_lane(model.key), frames)
-    return replies.json_response(_reply(server, model, portion, frames, key_id, began))
+    return await in_worker_if_large(_size([portion]), lambda: replies.json_response(_reply(server, model, portion, frames, key_id, began)))
+
+
+def _size(portions: Sequence[Portion]) -> int:
+    """Bytes of the arrays in a reply."""
+    return sum(len(portion.shown) * sum(value.nbytes for value in portion.shown[0].values()) for portion in portions if portion.shown)
 
 
 def _reply(server: Server, model: ServedModel, portion: Portion, frames: Frames, key_id: str, began: float) -> dict[str, Any]:
@@ -78,9 +83,13 @@ async def dream(request: Request) -> Response:
         dreams = read_dreams(body, chosen, server.tokens, key_id, server.limits.max_rows, lane.capacity)
         charge(body.count * body.frames)
         portions = await on_streams(request, server, lane, [(dream_spec(frames), frames) for frames in dreams])
-    results = [dream_result(p, frames, chosen, server.tokens, key_id) for p, frames in zip(portions, dreams, strict=True)]
     head = {"model": chosen.name, "version": chosen.version, "precision": chosen.precision, "seed": dreams[0].settings["seed"]}
-    return replies.json_response({**head, "results": results, "timing": {"total_ms": 1e3 * (server.clock() - began)}})
+
+    def reply() -> Response:
+        results = [dream_result(p, frames, chosen, server.tokens, key_id) for p, frames in zip(portions, dreams, strict=True)]
+        return replies.json_response({**head, "results": results, "timing": {"total_ms": 1e3 * (server.clock() - began)}})
+
+    return await in_worker_if_large(_size(portions), reply)
 
 
 async def filter_stream(socket: WebSocket) -> None:

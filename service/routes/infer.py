@@ -63,7 +63,7 @@ class Endpoint:
             show = Show(partial(replies.step_event, model, parts=body.parts), lambda result: self.reply(model, result, body))
             return await events(request, server, model, job, show=show)
         result = await submit(request, server, model, job)
-        response = replies.json_response(self.reply(model, result, body))
+        response = await in_worker_if_large(replies.size(result), lambda: replies.json_response(self.reply(model, result, body)))
         server.scheduler.replied(job, result)
         return response
 

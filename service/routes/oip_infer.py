@@ -121,7 +121,11 @@ async def _filter(
         if control.start:
             sequence = server.sequences.start(name, model, server.scheduler.stream_lane(model.key), frames)
         else:
-            sequence = server.sequences.find(name)  # again: it may have ended while a large body was read
+            # again: it may have ended while a large body was read
+            if server.sequences.find(name) is not sequence:
+                message = f"sequence {name} was begun anew while this request was read: its frames belong to the one before"
+                raise InvalidInput.at("parameters.sequence_id", message)
+            assert sequence is not None
             server.sequences.check_kept(sequence, body)
         portion, after = await server.sequences.filter(sequence, frames, last=control.end)
     measured.compute_infer, measured.rows = server.clock() - began, len(frames.x)

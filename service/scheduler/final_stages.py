@@ -1,8 +1,8 @@
 """What a job may want once a row has its posterior: log p(x) by importance sampling, means, draws of z and of x.
 
 Such work can be a thousand times that of a step (5,000 samples), so it is cut into pieces of some samples of one row. A tick
-runs as many pieces as its budget holds, those of one kind and size in one batch; jobs take turns (earliest deadline first,
-then least served), so a large job never holds up a small one.
+runs as many pieces as its budget holds, those of one kind and size in one batch. Jobs take turns, the least served first, so a
+large job never holds up a small one; up to half of the time goes to the earliest deadlines.
 
 Shapes: R rows of a batch, S samples of a piece, D latent size, X size of x. Log densities in nats.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -77,7 +78,10 @@ class FinalStages:
     def __init__(self, *, engine: Engine, rows: RowTable, cost: CostModel, noise: Noise, clock: Callable[[], float], tick_s: float):
         self._engine, self._rows, self._cost, self._noise, self._clock, self._tick_s = engine, rows, cost, noise, clock, tick_s
         self._works: dict[int, _Work] = {}
-        self._turns: list[tuple[float, float, int, _Work]] = []
+        self._turns: list[tuple[float, int, _Work]] = []
+        self._urgent: list[tuple[float, float, int, _Work]] = []
+        self._ahead_s = 0.0
+        """By how much deadlines had more time than others, while there were both."""
         self._count = itertools.count()
         self._virtual = 0.0
         levels = len(engine.card.levels)
@@ -166,13 +170,20 @@ class FinalStages:
     def _queue(self, work: _Work) -> None:
         if not work.queued:
             work.queued = True
-            heapq.heappush(self._turns, (work.ticket.deadline, work.ticket.served, next(self._count), work))
+            ticket, count = work.ticket, next(self._count)
+            if ticket.deadline < math.inf:
+                heapq.heappush(self._urgent, (ticket.deadline, ticket.served, count, work))
+            else:
+                heapq.heappush(self._turns, (ticket.served, count, work))
 
     def _choose(self, budget_s: float) -> dict[tuple[str, int], list[Part]]:
         chosen: dict[tuple[str, int], list[Part]] = {}
         spent = 0.0
-        while self._turns and (spent < budget_s or not chosen):
-            _, served, _, work = heapq.heappop(self._turns)
+        while (self._turns or self._urgent) and (spent < budget_s or not chosen):
+            both = bool(self._turns and self._urgent)
+            urgent = not self._turns or (both and self._ahead_s <= 0)
+            work = heapq.heappop(self._urgent)[-1] if urgent else heapq.heappop(self._turns)[-1]
+            served = work.ticket.served
             work.queued = False
             if work.ticket.outcome is not None:
                 continue
@@ -180,7 +191,9 @@ class FinalStages:
             parts = chosen.setdefault((piece.kind, piece.samples), [])
             parts.append(part)
             program, size = _PROGRAM[piece.kind], len(parts) * piece.samples
-            spent += self._cost.seconds(program, size) - self._cost.seconds(program, size - piece.samples)
+            seconds = self._cost.seconds(program, size) - self._cost.seconds(program, size - piece.samples)
+            spent += seconds
+            self._ahead_s = (self._ahead_s + (seconds if urgent else -seconds)) if both else 0.0
             self._virtual = max(self._virtual, served)
             work.ticket.served += piece.samples
             if work.rows:

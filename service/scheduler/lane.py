@@ -71,13 +71,18 @@ class Lane(Protocol):
 
 
 def choose(lanes: Sequence[Lane], urgency: Callable[[Lane], float]) -> Lane | None:
-    """The lane to serve next: earliest deadline, then least recently served; none is passed over more than `PATIENCE` times."""
+    """The lane to serve next: earliest deadline, then least recently served; one that was passed over `PATIENCE` times comes before all
+    others, and of several such the one that has waited longest."""
     ready = [lane for lane in lanes if lane.has_work()]
     if not ready:
         return None
     if len(ready) == 1:
         return ready[0]
-    chosen = min(ready, key=lambda lane: (lane.passed_over < PATIENCE, urgency(lane), lane.last_served))
+    patient = [lane for lane in ready if lane.passed_over >= PATIENCE]
+    if patient:
+        chosen = max(patient, key=lambda lane: (lane.passed_over, -lane.last_served))
+    else:
+        chosen = min(ready, key=lambda lane: (urgency(lane), lane.last_served))
     for lane in ready:
         lane.passed_over += 1
     chosen.passed_over = 0

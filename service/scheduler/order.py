@@ -48,13 +48,16 @@ class FairOrder:
         self._rows.tag[chosen] += self._rows.charge[chosen]
         self._virtual += len(chosen) / max(1, self.jobs)
 
+    def turn(self) -> None:
+        """A tick begins: half of a single place is every other tick's."""
+        self._odd ^= 1
+
     def first(self, places: int) -> Slots:
         """The rows for `places` places; those that have no step left, and only need to be measured, before all others."""
         rows, active = self._rows, self._rows.active
         stepping = rows.target[active] > rows.done[active]
         over = active[~stepping][:places]
         left, places = active[stepping], places - len(over)
-        self._odd ^= 1  # half of a single place is every other tick
         urgent = left[:0]
         deadlines = rows.deadline[left]
         if deadlines.min(initial=math.inf) < math.inf:

@@ -1,7 +1,8 @@
 """Who waits: tickets, and the line they stand in until there is room for their rows.
 
 The queue decides who is next, and nothing else. Order: earliest deadline; then jobs that have no row in flight yet, oldest
-first; then the further rows of jobs that have some, in turn. So a job of 10,000 rows trickles in beside one-row jobs.
+first; then the further rows of jobs that have some, in turn. So a job of 10,000 rows trickles in beside one-row jobs. Deadlines
+take up to half of the places where others wait too, however many rows they bring.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class WaitingLine:
         self._fresh: deque[Ticket] = deque()
         self._started: deque[Ticket] = deque()
         self._count = itertools.count()
+        self._odd = 0
 
     def __bool__(self) -> bool:
         return bool(self._urgent or self._fresh or self._started)
@@ -106,14 +108,19 @@ class WaitingLine:
                 ticket.next_row, free = end, free - (end - first)
             return end < ticket.rows
 
-        kept: list[tuple[float, int, Ticket]] = []
-        while self._urgent and free > 0:
-            entry = heapq.heappop(self._urgent)
-            ticket = entry[2]
-            if ticket.outcome is None and give(ticket, max(free - reserve, 0 if ticket.next_row else 1)):
-                kept.append(entry)
-        for entry in kept:
-            heapq.heappush(self._urgent, entry)
+        def serve_urgent(left: int) -> None:
+            """Until so many places are left."""
+            kept: list[tuple[float, int, Ticket]] = []
+            while self._urgent and free > left:
+                entry = heapq.heappop(self._urgent)
+                ticket = entry[2]
+                if ticket.outcome is None and give(ticket, max(free - max(reserve, left), 0 if ticket.next_row else 1)):
+                    kept.append(entry)
+            for entry in kept:
+                heapq.heappush(self._urgent, entry)
+
+        self._odd ^= 1  # half of a single place is every other time
+        serve_urgent((free + 1 - self._odd) // 2 if self._fresh or self._started else 0)
         while self._fresh and free > 0:
             ticket = self._fresh.popleft()
             if ticket.outcome is None and give(ticket, max(1, free - reserve)):
@@ -125,6 +132,7 @@ class WaitingLine:
             if ticket.outcome is None and give(ticket, max(1, (free - reserve) // turns)):
                 self._started.append(ticket)
             turns -= 1
+        serve_urgent(0)
         return chosen
 
     def forget_answered(self) -> None:

@@ -155,6 +155,7 @@ class StaticLane:
         self._yield_to_waiting()
         self._refine(budget_s)
         if self._stages:
+            self._end_overdue()
             self._finish(self._stages.tick(max(budget_s / 2, budget_s - (self.clock() - started)), self._fail_batch))
         else:
             self._pace.observe(self.clock() - started - self._in_engine_s)
@@ -200,7 +201,8 @@ class StaticLane:
         if not self._line or not free or (self._gathering and self._line.earliest_deadline() == math.inf):
             return
         most = self.cost.largest("init", budget_s / 2, free)
-        taken = self._line.take(most, min(self.slots // 8, max(0, most - 1)))
+        # an eighth of the slots stays for jobs to come: of this tick's places as many as would be taken from that
+        taken = self._line.take(most, max(0, min(self.slots // 8, most - 1) - (free - most)))
         if not taken:
             return
         now = self.clock()
@@ -362,6 +364,7 @@ class StaticLane:
     def _choose(self, budget_s: float) -> Slots:
         """The rows of this tick: all of them, or as many as their steps and measures fit into `budget_s`."""
         rows, active = self._rows, self._rows.active
+        self._order.turn()
         places = self._pace.places(budget_s)
         chosen = self._order.first(places) if len(active) > places else active
         measured = rows.every[chosen] | (rows.measure[chosen] & (rows.done[chosen] + 1 >= rows.target[chosen]))
@@ -563,8 +566,20 @@ class StaticLane:
         if late:
             self._end(late, DeadlineExceeded("the deadline passed while the request waited for its turn"))
 
+    def _end_overdue(self) -> None:
+        """Jobs in their final stages that could only be answered too late."""
+        now = self.clock()
+        late = [
+            t
+            for t in self._stages.tickets()
+            if t.job.budget.deadline is not None and not t.job.budget.elastic and now > t.job.budget.deadline
+        ]
+        if late:
+            self._end(late, DeadlineExceeded("the final stages could not be done before the deadline"))
+
     def _forget_abandoned(self) -> None:
         self.someone_left = False
+        self._receive()  # whoever left before this line is in line by now
         gone = [ticket for ticket in self._held() if ticket.abandoned]
         if gone:
             self.counts.jobs_abandoned += len(gone)

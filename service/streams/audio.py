@@ -26,6 +26,10 @@ RATES = (4_000, 192_000)
 MAX_TAPS = 400_000
 ZERO_CROSSINGS = 16
 """Of the windowed sinc, on either side of its centre, at the lower of the two rates."""
+OUTPUTS_AT_ONCE = 2048
+"""Of the resampler: each takes a window and its taps, some hundred numbers, from memory."""
+MOST_PRODUCTS = 1_000_000
+"""Of resampling, in the event loop: some ten milliseconds."""
 KAISER_BETA = 9.0
 """About 90 dB of attenuation in the stop band."""
 
@@ -99,9 +103,12 @@ class Resampler:
         keep = centre + self.half < end
         centre, phase = centre[keep], phase[keep]
         start = centre - self.half + 1 - self.first
-        windows = np.lib.stride_tricks.sliding_window_view(self.tail, 2 * self.half)[start] if len(start) else np.empty((0, 2 * self.half))
-        # einsum without BLAS: a row's sum does not depend on how many rows there are
-        made = np.einsum("jk,jk->j", windows, self.phases[phase], optimize=False).astype(np.float32)
+        made = np.empty(len(start), np.float32)
+        windows = np.lib.stride_tricks.sliding_window_view(self.tail, 2 * self.half) if len(start) else np.empty((0, 2 * self.half))
+        for i in range(0, len(start), OUTPUTS_AT_ONCE):
+            part = slice(i, i + OUTPUTS_AT_ONCE)
+            # einsum without BLAS: a row's sum does not depend on how many rows there are
+            made[part] = np.einsum("jk,jk->j", windows[start[part]], self.phases[phase[part]], optimize=False)
         self.made += len(made)
         drop = self.made * self.down // self.up - self.half + 1 - self.first
         if drop > 0:
@@ -162,6 +169,12 @@ class AudioInput:
         self._odd = data[whole:]
         self.samples += len(samples)
         return self._framed(samples if self._resampler is None else self._resampler.push(samples))
+
+    def is_heavy(self, size: int) -> bool:
+        """Whether so many bytes are better pushed by another thread."""
+        if self._resampler is None:
+            return False
+        return size // self._width * self._resampler.up // self._resampler.down * 2 * self._resampler.half > MOST_PRODUCTS
 
     def flush(self) -> tuple[Samples, Samples]:
         """The frames that are left, the last one filled up with unobserved samples: x and mask, (n, frame_size) each, n may be 0."""

@@ -93,7 +93,7 @@ class Connection:
         self._unsent = 0
         self._waiting = 0
         self._rest: deque[_Rest] = deque()
-        self._token_due = False
+        self._token_due = self._pushing = False
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -143,7 +143,7 @@ class Connection:
             return
         if self._drained is None:
             self._drained = asyncio.Event()
-            if not self._rest:
+            if not self._rest and not self._pushing:
                 self._say_draining()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._drained.wait(), self._server.limits.drain_s)
@@ -221,7 +221,7 @@ class Connection:
             if self._drained is not None:
                 continue  # it will be replayed to the next server
             if isinstance(data, bytes):
-                self._audio(data)
+                await self._audio(data)
                 continue
             message = self._parse(data)
             kind = message.pop("type")
@@ -235,13 +235,22 @@ class Connection:
             if act(self, message):
                 return
 
-    def _audio(self, data: bytes) -> None:
-        opened = self._must_be_open()
-        if opened.audio is None:
+    async def _audio(self, data: bytes) -> None:
+        audio = self._must_be_open().audio
+        if audio is None:
             raise WrongMessageKind('this stream was opened with encoding "json": send {"type": "frames", "frames": [[…]]} as text')
-        frames = opened.audio.push(data)
+        if audio.is_heavy(len(data)):
+            self._pushing = True  # its state is not to be looked at
+            try:
+                frames = await asyncio.to_thread(audio.push, data)
+            finally:
+                self._pushing = False
+        else:
+            frames = audio.push(data)
         if len(frames):
             self._hand_in(frames, None)
+        elif self._drained is not None:
+            self._say_draining()
 
     def _on_frames(self, message: dict[str, Any]) -> bool:
         opened, x = self._must_be_open(), self._model.card.x

@@ -74,6 +74,8 @@ class StreamLane:
         self._fed: deque[Stream] = deque()
         self._leaving: deque[Stream] = deque()
         self._out: list[Portion] = []
+        self._crowded = False
+        """Whether some stream with a frame waits for another tick: only then do those without real time lag."""
         self._state = [spec.name for spec in engine.card.state]
 
     # Any thread.
@@ -201,13 +203,14 @@ class StreamLane:
     def _slice(self, budget_s: float) -> list[Stream]:
         """The ready streams whose frames fit the tick, those due first in front."""
         most = self.cost.largest(FRAME if FRAME in self.engine.card.programs else "step", budget_s, len(self._ready))
+        self._crowded = most < len(self._ready)
         return list(self._ready) if most >= len(self._ready) else sorted(self._ready, key=Stream.due)[:most]
 
     def _steps(self, stream: Stream, now: float) -> int:
         """The steps its next frame gets."""
         if stream.spec.dreams:
             return 0
-        if not stream.spec.elastic:
+        if not stream.spec.elastic or not (self._crowded or stream.spec.frame_s):
             return stream.spec.steps
         return stream.spec.steps >> max(0, int(stream.lag(now) / LATE_S))
 

@@ -64,9 +64,12 @@ class Shaper:
         """The share of training frames that were less surprising, after the nearest number of steps."""
         if not self._tables:
             return [None] * len(elbo)
-        table = self._tables[int(np.abs(self._steps - (max(used) if used else 0)).argmin())]
-        found: list[float | None] = np.round(1 - np.interp(elbo, table, self._probabilities), DECIMALS).tolist()
-        return found
+        taken, found = np.asarray(used), np.empty(len(elbo))
+        for steps in set(used):
+            frames, table = taken == steps, self._tables[int(np.abs(self._steps - steps).argmin())]
+            found[frames] = 1 - np.interp(elbo[frames], table, self._probabilities)
+        quantiles: list[float | None] = np.round(found, DECIMALS).tolist()
+        return quantiles
 
     def _shown(self, shown: Mapping[str, NDArray[Any]], spec: StreamSpec) -> dict[str, Any]:
         parts: dict[str, Any] = {}

@@ -21,6 +21,8 @@ from models.artifact import Arrays
 from service.scheduler.lane import Loop
 from service.telemetry import REQUEST_ID
 
+MESSAGE_S, FRAME_S = 0.1, 1 / 80
+"""Audio that usually comes at once; and a frame's length where frames have none."""
 PARTS = ("elbo", "surprise", "posterior", "log_likelihood", "kl", "reconstruction", "prediction")
 
 
@@ -161,9 +163,14 @@ class Stream:
         """Its slot is free again. Engine thread."""
 
     def due(self) -> float:
-        """When the next frame's portion was due."""
-        return self.portions[0].due
+        """When the next frame is due: the first MESSAGE_S of a portion when it came, the others at the pace of speech, so that a long
+        portion does not keep out those that came a little later."""
+        portion = self.portions[0]
+        return portion.due + max(0.0, portion.done * (self.spec.frame_s or FRAME_S) - MESSAGE_S)
 
     def lag(self, now: float) -> float:
-        """Seconds by which its next frame is late."""
-        return now - self.due() if self.portions else -math.inf
+        """Seconds by which its next frame is behind one that is spoken on from the portion's arrival; without real time: by which it has
+        waited for its turn."""
+        if not self.portions:
+            return -math.inf
+        return now - self.portions[0].due - self.portions[0].done * self.spec.frame_s if self.spec.frame_s else now - self.due()

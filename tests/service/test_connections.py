@@ -20,11 +20,24 @@ from service.telemetry import Metrics
 KEEP_ALIVE_S = 0.4
 LARGE = 12_000_000
 """More than the kernels hold on both sides of a loopback connection."""
+PIECE = 60_000
 Started = Callable[..., uvicorn.Server]
 
 
 async def app(scope, receive, send):
-    """/large answers LARGE bytes, /slow after 0.6 s, all else 401 at once; none waits for a body."""
+    """/large answers LARGE bytes, /slow after 0.6 s, all else 401 at once; none waits for a body. A WebSocket: LARGE bytes, then close;
+    /talk listens."""
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.accept"})
+        with contextlib.suppress(Exception):  # cut
+            if scope["path"] == "/talk":
+                while (await receive())["type"] != "websocket.disconnect":
+                    pass
+            for _ in range(LARGE // PIECE):
+                await send({"type": "websocket.send", "bytes": bytes(PIECE)})
+            await send({"type": "websocket.close"})
+        return
     if scope["type"] != "http":
         return
     if scope["path"] == "/slow":
@@ -41,7 +54,14 @@ def start() -> Iterator[Started]:
 
     def start(patience: Patience, **options: object) -> uvicorn.Server:
         config = uvicorn.Config(
-            app, port=0, http=guarded(patience, Metrics()), lifespan="off", log_config=None, timeout_keep_alive=KEEP_ALIVE_S, **options
+            app,
+            port=0,
+            http=guarded(patience, Metrics()),
+            ws="websockets-sansio",
+            lifespan="off",
+            log_config=None,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            **options,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)
@@ -161,6 +181,46 @@ def test_who_reads_slowly_gets_everything_and_who_reads_nothing_is_cut(
         client.sendall(asked)
         wait_for(lambda: not server.server_state.connections, 2)
         client.close()
+
+
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: t\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+def test_of_a_websocket_too_who_reads_slowly_gets_everything_and_who_reads_nothing_is_cut(start: Started) -> None:
+    server = start(Patience(head_s=0.2, send_s=0.2))
+    with connect(server, UPGRADE, receive_buffer=65536) as client:
+        received, began = 0, time.monotonic()
+        while received < LARGE:
+            chunk = client.recv(65536)
+            assert chunk, f"cut after {received} bytes"
+            received += len(chunk)
+            time.sleep(max(0.0, began + received / 10e6 - time.monotonic()))
+    with connect(server, UPGRADE, receive_buffer=65536):
+        wait_for(lambda: bool(server.server_state.connections), 2)
+        wait_for(lambda: not server.server_state.connections, 3)
+
+
+def test_a_websocket_that_pings_without_end_and_reads_no_pong_is_cut(start: Started) -> None:
+    server = start(Patience(head_s=0.2, send_s=0.2))
+    ping = b"\x89\xfd" + bytes(4) + bytes(125)
+    with connect(server, UPGRADE.replace(b"/ ", b"/talk "), receive_buffer=65536) as client:
+        assert client.recv(12) == b"HTTP/1.1 101"
+        until = time.monotonic() + 10
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            while time.monotonic() < until:
+                client.sendall(ping * 500)
+        assert time.monotonic() < until, "it still listens"
+
+
+def test_a_quiet_websocket_is_left_in_peace(start: Started) -> None:
+    server = start(Patience(head_s=0.1, send_s=0.1))
+    with connect(server, UPGRADE.replace(b"/ ", b"/talk ")) as client:
+        assert client.recv(12) == b"HTTP/1.1 101"
+        time.sleep(0.5)
+        assert server.server_state.connections
 
 
 def refused(server: uvicorn.Server) -> socket.socket:

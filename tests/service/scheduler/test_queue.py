@@ -71,3 +71,25 @@ def test_a_second_answer_is_a_fault():
     with pytest.raises(RuntimeError, match="twice"):
         one.answer(RuntimeError("second"))
     assert not isinstance(one.outcome, JobResult)
+
+
+def test_a_large_job_with_a_deadline_leaves_half_of_the_places_to_those_without():
+    urgent, a, b = ticket(1000, deadline=1e6), ticket(3), ticket(100)
+    line = line_of(urgent, a, b)
+    taken = {id(t): end - first for t, first, end in line.take(16, 2)}
+    assert taken == {id(urgent): 8, id(a): 3, id(b): 3}
+    for _ in range(4):
+        assert {t: end - first for t, first, end in line.take(16, 2)}[b] >= 6
+
+
+def test_a_single_place_goes_to_deadlines_every_other_time():
+    urgent, a = ticket(1000, deadline=1e6), ticket(1000)
+    line = line_of(urgent, a)
+    line.take(4, 0)
+    first = [line.take(1, 0)[0][0] for _ in range(10)]
+    assert first.count(urgent) == first.count(a) == 5
+
+
+def test_places_that_others_leave_go_to_deadlines():
+    urgent, a = ticket(10, deadline=1e6), ticket(1)
+    assert sum(end - first for _, first, end in line_of(urgent, a).take(16, 0)) == 11

@@ -1,6 +1,8 @@
 """Whatever happens, every waiter is answered exactly once; and nobody waits for a neighbour's steps."""
 
 import asyncio
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.closed_form import ClosedFormEngine
-from service.errors import BackendFailure, ElbowError, Overloaded, ShuttingDown, UnknownModel
+from service.errors import BackendFailure, DeadlineExceeded, ElbowError, Overloaded, ShuttingDown, UnknownModel
 from service.scheduler.job import Ask, JobResult
+from service.scheduler.lane import choose
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.static_lane import JobAbandoned
 from service.telemetry import MOST_NAMED, REQUEST_ID
@@ -402,3 +405,75 @@ def test_errors_reach_the_waiter_as_themselves():
 def test_seeds_beyond_63_bits_are_seeds():
     one, other = run(make(), *(job(1, 2, x=np.ones((1, 8), np.float32), seed=seed) for seed in (2**64 - 2, 2**63)))
     assert one.elbo != other.elbo
+
+
+def slow_scores(clock):
+    delay = lambda program, size: {"score": 1e-5, "init": 2e-5}.get(program, 1e-6) * size  # noqa: E731
+    return make(clock, ClosedFormEngine(delay=delay, sleep=clock.sleep))
+
+
+def test_a_large_job_alone_fills_its_ticks():
+    scheduler = slow_scores(Clock())
+    ticket, ticks = scheduler.enqueue(job(500, 2)), 0
+    while ticket.outcome is None:
+        scheduler.tick()
+        ticks += 1
+    assert ticks <= 500 / 50 + 10  # half of a tick of two milliseconds holds 50 rows' init
+
+
+def test_final_stages_of_a_job_with_a_deadline_do_not_hold_up_those_without():
+    clock = Clock()
+    scheduler = slow_scores(clock)
+    scheduler.enqueue(job(15, 1, ask=Ask(importance_samples=2000), deadline=clock.now + 500))
+    for _ in range(5):
+        scheduler.tick()
+    started = clock.now
+    run_on(scheduler, scheduler.enqueue(job(1, 1, seed=99, ask=Ask(mean=True))))
+    assert clock.now - started < 0.03
+
+
+def test_final_stages_end_when_their_exact_deadline_has_passed():
+    clock = Clock()
+    scheduler = slow_scores(clock)
+    ask = Ask(importance_samples=2000)
+    deadline = clock.now + 0.3  # one of them alone takes 0.2 s
+    tickets = [scheduler.enqueue(job(10, 1, seed=100 * i, ask=ask, deadline=deadline)) for i in range(4)]
+    scheduler.drain()
+    assert sum(isinstance(ticket.outcome, DeadlineExceeded) for ticket in tickets) >= 2
+    assert clock.now < deadline + 0.02
+
+
+def run_on(scheduler, ticket):
+    while ticket.outcome is None:
+        scheduler.tick()
+
+
+def test_no_lane_starves_beside_any_number_of_urgent_ones():
+    lanes = [SimpleNamespace(has_work=lambda: True, passed_over=0, last_served=0, due=i) for i in range(9)]
+    lanes[8].due = math.inf
+    served = []
+    for tick in range(300):
+        chosen = choose(lanes, lambda lane: lane.due)
+        chosen.last_served = tick
+        served.append(lanes.index(chosen))
+    assert served.count(8) >= 300 // 12
+
+
+def test_someone_who_left_before_his_job_was_taken_in_is_not_worked_for():
+    scheduler = make()
+    ticket = scheduler.enqueue(job(1, 50))
+    lane = scheduler._lanes["m"]
+    received = lane._receive
+    entered = list(lane.inbox)
+    lane.inbox.clear()
+
+    def late():  # it comes between the look at the inbox and the look at who has left
+        received()
+        lane.inbox.extend(entered)
+        entered.clear()
+
+    lane._receive = late
+    ticket.abandoned = lane.someone_left = True
+    scheduler.drain()
+    assert isinstance(ticket.outcome, JobAbandoned)
+    assert lane.counts.steps == 0

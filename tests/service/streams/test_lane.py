@@ -151,7 +151,7 @@ def test_lost_frames_take_no_steps_and_the_stream_goes_on(engine: OnnxEngine, be
 
 
 def test_an_elastic_stream_that_lags_gives_up_steps_and_an_exact_one_never(bench: Bench) -> None:
-    exact, elastic = (bench.open(StreamSpec(steps=4, seed=1, elastic=e)) for e in (False, True))
+    exact, elastic = (bench.open(StreamSpec(steps=4, seed=1, elastic=e, frame_s=0.005)) for e in (False, True))
     portions = [bench.feed(stream, frames(0, 2)) for stream in (exact, elastic)]
     bench.clock.now += 0.25  # more than two tenths of a second late: a quarter of the steps
     bench.run()
@@ -160,15 +160,55 @@ def test_an_elastic_stream_that_lags_gives_up_steps_and_an_exact_one_never(bench
     assert bench.lane.counts.degraded == 2
 
 
-def test_what_was_sent_ahead_of_real_time_waits_for_what_is_due(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[int] = []
+def noted_run(monkeypatch: pytest.MonkeyPatch, note: Callable[[list[Stream]], None]) -> None:
     plain = StreamLane._run
 
     def noted(self: StreamLane, streams: list[Stream], steps: int, predicts: bool) -> None:
-        order.extend(stream.spec.seed for stream in streams)
+        note(streams)
         plain(self, streams, steps, predicts)
 
     monkeypatch.setattr(StreamLane, "_run", noted)
+
+
+@pytest.mark.parametrize("frame_s", [0.0125, 0.0])
+def test_a_long_message_is_no_reason_to_give_up_steps(bench: Bench, monkeypatch: pytest.MonkeyPatch, frame_s: float) -> None:
+    def slow(streams: list[Stream]) -> None:
+        bench.clock.now += 0.01
+
+    noted_run(monkeypatch, slow)
+    portion = bench.feed(bench.open(StreamSpec(steps=2, seed=1, elastic=True, frame_s=frame_s)), frames(0, 60))
+    bench.run()
+    assert portion.steps_used == [2] * 60
+
+
+def test_without_real_time_an_elastic_stream_gives_up_steps_while_others_wait(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.lane.cost, "largest", lambda *_: 1)
+    elastic, other = (bench.feed(bench.open(StreamSpec(steps=2, seed=seed, elastic=seed == 1)), frames(0, 2)) for seed in (1, 2))
+    bench.clock.now += 0.15
+    bench.run()
+    assert elastic.steps_used == [1, 1]
+    assert other.steps_used == [2, 2]
+
+
+@pytest.mark.parametrize("frame_s", [0.0, 0.005])
+def test_a_long_portion_does_not_keep_out_a_frame_that_comes_a_little_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, frame_s: float
+) -> None:
+    order: list[int] = []
+    noted_run(monkeypatch, lambda streams: order.extend(stream.spec.seed for stream in streams))
+    monkeypatch.setattr(bench.lane.cost, "largest", lambda *_: 1)
+    for seed in (1, 2, 3):
+        bench.feed(bench.open(StreamSpec(steps=1, seed=seed, frame_s=frame_s)), frames(0, 60))
+    bench.clock.now += 0.02
+    bench.feed(bench.open(StreamSpec(steps=1, seed=9, frame_s=0.0125)), frames(1, 1))
+    bench.run()
+    assert order.index(9) < 90
+    assert len(order) == 181
+
+
+def test_what_was_sent_ahead_of_real_time_waits_for_what_is_due(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[int] = []
+    noted_run(monkeypatch, lambda streams: order.extend(stream.spec.seed for stream in streams))
     monkeypatch.setattr(bench.lane.cost, "largest", lambda *_: 1)
     bulk, live = (bench.open(StreamSpec(steps=2, seed=seed, frame_s=0.005)) for seed in (1, 2))
     bench.feed(bulk, frames(0, 20))
