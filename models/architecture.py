@@ -102,8 +102,6 @@ class IterativeArchitecture:
         encodings: what it reads, names of models/inference/encodings.py.
         recurrent: keeps a GRU state of width hidden[-1] between steps.
         encode_mask: it also reads which entries of x are observed.
-        later_bias: from the second step on the gates have a learned bias too, which begins at this value; 4 keeps 98 % of λ, so that
-            steps that are added during training begin nearly at rest. None: all steps are alike.
     """
 
     encodings: tuple[str, ...] = ("x", "grad_layer_norm", "q")
@@ -111,7 +109,6 @@ class IterativeArchitecture:
     highway: bool = False
     recurrent: bool = False
     encode_mask: bool = False
-    later_bias: float | None = None
     kind: Literal["iterative"] = "iterative"
 
 

@@ -116,9 +116,9 @@ def _filter(model: ServedModel, limits: Limits) -> Json:
     text: Json = {"type": "string"}
     reply = {
         "type": "object",
-        "required": ["model", "version", "seed", "results", "frame", "state", "timing"],
+        "required": ["model", "version", "precision", "seed", "results", "frame", "state", "timing"],
         "properties": {
-            **{name: text for name in ("model", "version", "state")},
+            **{name: text for name in ("model", "version", "precision", "state")},
             **{name: {"type": "integer"} for name in ("seed", "frame")},
             "results": {"type": "array", "items": result},
             "timing": {"type": "object"},

@@ -42,9 +42,6 @@ class IterativeInference(Inference):
         self.heads = nn.Linear(width, 4 * sum(latent_sizes))
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
-        self.later_bias = (
-            None if architecture.later_bias is None else nn.Parameter(torch.full((2 * sum(latent_sizes),), architecture.later_bias))
-        )
 
     def context(self, x: Tensor, mask: Tensor, past: Tensor | None = None) -> Context:
         shares = [] if self.embed_x is None else [self.embed_x(centred(x, mask, self.encode_mask))]
@@ -57,7 +54,7 @@ class IterativeInference(Inference):
     def init(self, context: Context, prior: Posterior) -> State:
         rows = prior[0].mu
         memory: dict[str, Tensor] = {}
-        if "step" in self.encodings or self.later_bias is not None:
+        if "step" in self.encodings:
             memory["step"] = rows.new_zeros(rows.shape[0], 1)
         if "previous_grad" in self.encodings:
             memory["previous_grad"] = rows.new_zeros(rows.shape[0], 2 * sum(self.latent_sizes))
@@ -69,23 +66,19 @@ class IterativeInference(Inference):
         a = self.embed(encode(self.encodings, state, evidence))
         h = self.body(elu(a + context["x_embedding"] if "x_embedding" in context else a))
         memory = dict(state.memory)
-        bias = None if self.later_bias is None else memory["step"].clamp(max=1) * self.later_bias
         if "step" in memory:
             memory["step"] = memory["step"] + 1
         if "previous_grad" in memory:
             memory["previous_grad"] = encode(("grad_log_sign",), state, evidence)
         if self.cell is not None:
             h = memory["hidden"] = self.cell(h, memory["hidden"])
-        return State(self._gated(state.q, self.heads(h).to(state.q[0].mu.dtype), bias), memory)
+        return State(self._gated(state.q, self.heads(h).to(state.q[0].mu.dtype)), memory)
 
-    def _gated(self, q: Posterior, heads: Tensor, bias: Tensor | None) -> Posterior:
-        parts = heads.split([size for latent in self.latent_sizes for size in (latent,) * 4], -1)
-        more = None if bias is None else bias.split([size for latent in self.latent_sizes for size in (latent,) * 2], -1)
+    def _gated(self, q: Posterior, heads: Tensor) -> Posterior:
+        sizes = [size for latent in self.latent_sizes for size in (latent,) * 4]
+        parts = heads.split(sizes, -1)
         new = []
-        for i, level in enumerate(q):
-            f_mu, f_log_sigma, a_mu, a_log_sigma = parts[4 * i : 4 * i + 4]
-            if more is not None:
-                a_mu, a_log_sigma = a_mu + more[2 * i], a_log_sigma + more[2 * i + 1]
+        for level, (f_mu, f_log_sigma, a_mu, a_log_sigma) in zip(q, zip(*(parts[i::4] for i in range(4)), strict=True), strict=True):
             g_mu, g_log_sigma = torch.sigmoid(a_mu), torch.sigmoid(a_log_sigma)
             new.append(
                 DiagonalGaussian(

@@ -18,11 +18,22 @@ from starlette.routing import Route
 from service import jobs, replies, schemas
 from service.body import in_worker_if_large, parse_object, read_body
 from service.deps import Server, model_of, server_of, static_model_of
+from service.errors import InvalidInput
 from service.repository import ServedModel
 from service.routes.arrays import array_call, speaks_arrays
 from service.routes.filters import dream
 from service.scheduler.job import Job, JobResult
 from service.submission import EVENT_STREAM, Show, events, submit
+
+
+def refuse_query(request: Request) -> None:
+    """A call in JSON has its fields in the body.
+
+    Raises:
+        InvalidInput: something is in the query, where it would be overlooked.
+    """
+    for name in request.query_params:
+        raise InvalidInput.at(name[:40], "is in the query: with JSON in and out it belongs in the body (columns: with arrays only)")
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,8 @@ class Endpoint:
             return await array_call(self, request)
         server = server_of(request)
         arrival = server.clock()
+        if request.scope["query_string"]:
+            refuse_query(request)
         if self.of_filter is not None and model_of(request, self.name).card.family == "filter":
             return await self.of_filter(request)
         model = static_model_of(request, self.name)

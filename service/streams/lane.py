@@ -120,7 +120,8 @@ class StreamLane:
 
     def in_use(self) -> bool:
         """A stream finishes on the version it began with, however long it lasts."""
-        return bool(self._streams) or self.has_work()
+        with self._door:  # one that has seen the lane before it retired is in by now
+            return bool(self._streams) or self.has_work()
 
     def urgency(self) -> float:
         self._collect()

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from service.errors import TokenRefused
 
+INFLATED = 8
+"""Bytes of a token uncompressed, at most, for each that it may have itself."""
 PREFIX = "elbow1"
 
 
@@ -79,8 +81,11 @@ class Tokens:
         raw = struct.pack("<I", len(head)) + head + b"".join(np.ascontiguousarray(value).tobytes() for value in arrays.values())
         payload = f"{PREFIX}.{_text(zlib.compress(raw, 1))}"
         token = f"{payload}.{_text(self._signature(payload))}"
-        if len(token) > self._max_bytes:
-            raise TokenRefused(f"state: the stream's token has {len(token)} bytes, {self._max_bytes} are allowed on this server")
+        if len(token) > self._max_bytes or len(raw) > INFLATED * self._max_bytes:
+            size = f"{len(token)} bytes ({len(raw)} uncompressed)"
+            raise TokenRefused(
+                f"state: the stream's token has {size}, {self._max_bytes} are allowed on this server ({INFLATED} times as many)"
+            )
         return token
 
     def read(self, token: str, artifact_sha256: str, key_id: str = "") -> Snapshot:
@@ -97,7 +102,7 @@ class Tokens:
         if not hmac.compare_digest(_bytes(signature), self._signature(payload)):
             raise TokenRefused("state: the token was altered, or signed by a server with another secret")
         try:
-            raw = _inflated(_bytes(payload.removeprefix(f"{PREFIX}.")), 8 * self._max_bytes)
+            raw = _inflated(_bytes(payload.removeprefix(f"{PREFIX}.")), INFLATED * self._max_bytes)
             (length,) = struct.unpack_from("<I", raw)
             header = json.loads(raw[4 : 4 + length])
         except (struct.error, ValueError, zlib.error) as exc:
@@ -121,7 +126,7 @@ class Tokens:
         if len(token) > self._max_bytes or not hmac.compare_digest(_bytes(signature), self._signature(payload)):
             return None
         try:
-            raw = _inflated(_bytes(payload.removeprefix(f"{PREFIX}.")), 8 * self._max_bytes)
+            raw = _inflated(_bytes(payload.removeprefix(f"{PREFIX}.")), INFLATED * self._max_bytes)
             (length,) = struct.unpack_from("<I", raw)
             return str(json.loads(raw[4 : 4 + length])["artifact"])
         except (struct.error, ValueError, KeyError, zlib.error):

@@ -33,7 +33,7 @@ GENERATIVE: dict[str, FilterGenerativeArchitecture] = {
     "linear gaussian 1-D": LinearGaussianArchitecture(1, 1),
 }
 INFERENCE: dict[str, FilterInferenceArchitecture] = {
-    "avf": IterativeArchitecture(("q_layer_norm", "grad_layer_norm"), (14, 14), highway=True, later_bias=1.0),
+    "avf": IterativeArchitecture(("q_layer_norm", "grad_layer_norm"), (14, 14), highway=True),
     "avf with x": IterativeArchitecture(("x", "q", "grad_log_sign", "error_x", "error_z", "step", "previous_grad"), (14,), recurrent=True),
     "avf with past": IterativeArchitecture(("x", "past", "q", "grad_log_sign"), (14,), highway=True),
     "own": OwnFilterArchitecture((9,), (12,)),

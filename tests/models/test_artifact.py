@@ -80,6 +80,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (folder / CARD).write_text(json.dumps(values))
 
 
+def test_a_levels_mean_is_named_first_however_the_card_is_sorted() -> None:
+    assert list(LevelSpec(name="z", size=2, parameters={"log_sigma": "b", "mu": "a"}).parameters) == ["mu", "log_sigma"]
+
+
 def test_what_is_written_is_read_back(folder: Path) -> None:
     artifact = Artifact.open(folder)
     assert artifact.card.name == "tiny"

@@ -21,7 +21,6 @@ ITERATIVE = {
     "gradients": IterativeArchitecture(("x", "grad_layer_norm", "grad_log_sign", "q"), (16, 16)),
     "errors": IterativeArchitecture(("x", "error_x", "error_z", "q"), (16, 16), encode_mask=True),
     "recurrent": IterativeArchitecture(("grad_raw", "q", "step", "previous_grad"), (16,), recurrent=True, highway=True),
-    "later bias": IterativeArchitecture(("x", "grad_log_sign", "q"), (16, 16), later_bias=0.5),
 }
 
 

@@ -29,11 +29,7 @@ CASES: dict[str, tuple[str, InferenceArchitecture]] = {
     "everything": (
         "gaussian",
         IterativeArchitecture(
-            ("x", "grad_raw", "error_x", "error_z", "q_layer_norm", "step", "previous_grad"),
-            (16, 16),
-            highway=True,
-            recurrent=True,
-            later_bias=1.0,
+            ("x", "grad_raw", "error_x", "error_z", "q_layer_norm", "step", "previous_grad"), (16, 16), highway=True, recurrent=True
         ),
     ),
     "direct": ("bernoulli", DirectArchitecture(HIDDEN, encode_mask=True)),

@@ -18,11 +18,7 @@ OWN = OwnFilterArchitecture(hidden=(500,), residual=True)
 NET = IterativeArchitecture(encodings=("x", "q_layer_norm", "grad_layer_norm"), hidden=(320, 320), highway=True)
 SETS = {"jsb": "jsb", "nottingham": "nottingham", "musedata": "musedata", "piano-midi": "piano_midi"}
 STEPS = (1, 5)
-ONE_STEP_SHARE = {"nottingham": 0.75}
-"""Of a run with more than one step, where it is not DEFAULT_SHARE."""
-DEFAULT_SHARE = 0.5
-LATER_BIAS = {"nottingham": 2.5}
-"""Where steps added late unsettle what one step has learned, they begin nearly at rest."""
+ONE_STEP_SHARE = 0.5
 DECAY = {"jsb": 1.0, "nottingham": 0.5}
 """Of the weights, where it is not DEFAULT_DECAY: smaller sets overfit sooner."""
 DEFAULT_DECAY = 0.3
@@ -46,13 +42,12 @@ def own(data: str) -> SequenceRunConfig:
 def avf(data: str, steps: int) -> SequenceRunConfig:
     """The same model with one learned refiner, in the end `steps` times a frame."""
     run = own(data)
-    more = steps > 1
     return replace(
         run,
         name=f"{data}-avf{steps}",
-        architecture=replace(run.architecture, inference=replace(NET, later_bias=LATER_BIAS.get(data) if more else None)),
+        architecture=replace(run.architecture, inference=NET),
         refinement=RefinementConfig(steps=steps),
-        one_step_share=ONE_STEP_SHARE.get(data, DEFAULT_SHARE) if more else 0.0,
+        one_step_share=0.0 if steps == 1 else ONE_STEP_SHARE,
     )
 
 

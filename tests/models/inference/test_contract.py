@@ -30,7 +30,6 @@ ARCHITECTURES: dict[str, InferenceArchitecture] = {
     "iterative-highway": IterativeArchitecture(hidden=SMALL, highway=True),
     "iterative-recurrent": IterativeArchitecture(hidden=SMALL, recurrent=True),
     "iterative-mask": IterativeArchitecture(hidden=SMALL, encode_mask=True),
-    "iterative-later-bias": IterativeArchitecture(hidden=SMALL, later_bias=1.0),
     **{f"iterative-{name}": IterativeArchitecture((name,), SMALL) for name in ENCODINGS},
     "iterative-all": IterativeArchitecture(("x", *ENCODINGS), SMALL, highway=True, recurrent=True, encode_mask=True),
     **{kind: OptimiserArchitecture(kind) for kind in ("sgd", "momentum", "rmsprop", "adam")},
@@ -167,18 +166,6 @@ def test_the_untrained_refiner_leaves_the_prior_where_it_is(make: MakeModel, bin
     state = run(model, x, torch.ones_like(x), normal(B, S, D), 3)
     assert torch.equal(state.q[0].mu, torch.zeros(B, D, dtype=x.dtype))
     assert torch.equal(state.q[0].log_sigma, torch.zeros(B, D, dtype=x.dtype))
-
-
-def test_with_a_later_bias_only_steps_after_the_first_rest(make: MakeModel, binary: Draw, normal: Draw) -> None:
-    x, noise = binary(B, X), normal(B, S, D)
-    plain, resting = (make(IterativeArchitecture(hidden=SMALL, later_bias=bias)) for bias in (None, 30.0))
-    resting.load_state_dict(plain.state_dict(), strict=False)
-    first, same, second, third = (
-        run(model, x, torch.ones_like(x), noise, n).q[0] for model, n in ((plain, 1), (resting, 1), (resting, 3), (plain, 3))
-    )
-    assert torch.equal(first.mu, same.mu)
-    assert_close((second.mu, second.log_sigma), (first.mu, first.log_sigma), atol=1e-6, rtol=1e-6)
-    assert not torch.allclose(third.mu, first.mu, atol=1e-3)
 
 
 def test_step_index_and_previous_gradient_are_kept_between_steps(make: MakeModel, binary: Draw, normal: Draw) -> None:

@@ -242,9 +242,10 @@ def test_the_parameters_of_sequences():
 
 @pytest.fixture
 def infer(live, chorale):
-    def post(parameters, frames=1, status=200, **headers):
+    def post(parameters, frames=1, status=200, outputs=None, **headers):
         tensor = {"name": "x", "shape": [frames, 88], "datatype": "FP32", "data": chorale[:frames].ravel().tolist()}
         body = {"inputs": [tensor], "parameters": parameters}
+        body |= {} if outputs is None else {"outputs": [{"name": name} for name in outputs]}
         reply = httpx.post(f"{live.url}/v2/models/jsb-filter/infer", json=body, headers=headers, timeout=60)
         assert reply.status_code == status, reply.text
         return reply.json()
@@ -269,6 +270,14 @@ def test_more_sequences_than_the_server_takes_are_refused_with_a_time_to_come_ba
     for identity in taken:
         infer({"sequence_id": identity, "sequence_end": True})
     assert not len(live.app.state.server.sequences)
+
+
+def test_what_costs_nothing_may_be_asked_for_later(infer):
+    infer({"sequence_id": 71, "sequence_start": True}, outputs=["surprise"])
+    assert "kl" in {output["name"] for output in infer({"sequence_id": 71})["outputs"]}
+    last = infer({"sequence_id": 71, "sequence_end": True}, outputs=["log_likelihood"])
+    assert last["parameters"]["frame"] == 3
+    assert np.isfinite(last["outputs"][0]["data"]).all()
 
 
 def test_frames_that_do_not_fit_leave_the_sequence_where_it_was(infer):

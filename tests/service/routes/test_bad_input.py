@@ -253,6 +253,13 @@ def test_content_types_and_encodings_that_are_not_read(service, headers, words):
     assert_problem(service.post("digits/encode", content=b"{}", headers=headers), 415, "unsupported_media", words)
 
 
+@pytest.mark.parametrize("query", ["steps=1", "columns=mu", "foo"])
+def test_what_is_in_the_query_of_a_json_call_is_not_overlooked(service, query):
+    name = query.partition("=")[0]
+    reply = service.post(f"digits/encode?{query}=" if "=" not in query else f"digits/encode?{query}", {"inputs": [ROW]})
+    assert_problem(reply, 422, "invalid_input", f"{name}: is in the query")
+
+
 def test_an_unknown_model_or_version_lists_what_there_is(service):
     reply = service.post("nobody/encode", {"inputs": [ROW]})
     assert_problem(reply, 404, "unknown_model", "no model 'nobody'", "digits", "recurrent")

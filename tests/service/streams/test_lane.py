@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -355,3 +357,25 @@ def test_every_portion_of_a_stream_that_stays_is_answered_exactly_once(engine: O
             assert all(portion.settled for portion in portions)
             assert all(p.error is None or isinstance(p.error, BackendFailure | ShuttingDown) for p in portions)
             assert stream.waiting == 0
+
+
+def test_a_stream_that_opens_while_its_lane_retires_is_seen(bench: Bench) -> None:
+    """Between its look at `retiring` and its place among the streams, the scheduler may look whether the lane is in use."""
+    looked: list[bool] = []
+
+    class Free(list[int]):
+        def pop(self, *_: Any) -> int:
+            bench.lane.retiring = True
+            looker = threading.Thread(target=lambda: looked.append(bench.lane.in_use()))
+            looker.start()
+            looker.join(0.1)
+            return 0
+
+    bench.lane._free = Free([0])
+    stream = bench.open(StreamSpec(steps=1, seed=1))
+    while not looked:
+        time.sleep(0.001)
+    assert looked == [True]
+    portion = bench.feed(stream, frames(0, 2))
+    bench.run()
+    assert portion.settled

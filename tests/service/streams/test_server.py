@@ -130,6 +130,30 @@ def test_gaps_and_flushes_are_frames_without_evidence(server: ServerProcess) -> 
     assert [frame["steps_used"] for frame in frames] == [2, 2, 2, 2, 0, 0, 2, 2, 2, 2]
 
 
+def test_a_stream_goes_on_from_a_token_taken_at_half_a_sample(server: ServerProcess) -> None:
+    data = sound(7, 6 * FRAME).tobytes()
+    whole = results(talk(server, [data, CLOSE])[0])
+    begun = talk(server, [data[:333], {"type": "snapshot"}, CLOSE])[0]
+    (token,) = of(begun, "state")
+    rest = talk(server, [data[2 * token["samples"] :], CLOSE], f"state={token['state']}")[0]
+    both = results(begun)[: token["frame"]] + results(rest)
+    assert [frame["elbo"] for frame in both] == pytest.approx([frame["elbo"] for frame in whole], abs=1e-4)
+
+
+def test_between_two_frames_an_audio_stream_goes_on_by_post(server: ServerProcess) -> None:
+    pcm = sound(4, 6 * FRAME)
+    whole = results(talk(server, [pcm.tobytes(), CLOSE])[0])
+    frames = (pcm / 32768).reshape(6, FRAME).tolist()
+    for cut, status in ((4 * FRAME, 200), (4 * FRAME + 1, 422)):
+        (token,) = of(talk(server, [pcm[:cut].tobytes(), {"type": "snapshot"}, CLOSE])[0], "state")
+        reply = httpx.post(server.url + PATH, json={"frames": frames[4:], "state": token["state"]})
+        assert reply.status_code == status
+        if status == 200:
+            assert [r["elbo"] for r in reply.json()["results"]] == pytest.approx([frame["elbo"] for frame in whole[4:]], abs=1e-4)
+        else:
+            assert "samples of audio wait in this token" in reply.json()["detail"]
+
+
 def test_json_frames_and_posts_say_what_audio_says(server: ServerProcess) -> None:
     pcm = sound(4, 6 * FRAME)
     frames = (pcm / 32768).reshape(6, FRAME).tolist()

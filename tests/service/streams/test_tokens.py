@@ -71,3 +71,10 @@ def test_what_is_no_token_is_refused(text: str) -> None:
 def test_a_state_too_large_for_a_token_is_said_at_once() -> None:
     with pytest.raises(TokenRefused, match="4096 are allowed"):
         tokens().issue(snapshot(5000), SHA)
+
+
+def test_what_is_issued_can_be_read_however_well_it_compresses() -> None:
+    whole = Snapshot({}, 0, 0, {}, {"h": np.zeros(5000, np.float32)}, {})
+    assert tokens().read(tokens().issue(whole, SHA), SHA).state["h"].size == 5000
+    with pytest.raises(TokenRefused, match="4096 are allowed"):
+        tokens().issue(Snapshot({}, 0, 0, {}, {"h": np.zeros(100_000, np.float32)}, {}), SHA)
