@@ -3,7 +3,7 @@
 Each answered batch is written at once beside the output (OUT.npz.parts/); a second run with the same arguments does only what
 is missing, and the last batch joins all of them into OUT.npz: mu, log_sigma (N, D), elbo (N,) in nats, steps_used (N,), the model's
 version and precision, and for a folder the file names. All parts are of one artifact and precision: a run keeps to the version that was
-the newest when it began, and another one is refused.
+the newest when it began, and another one is refused. Images become grey values in 0 … 1, of whatever depth; transparent ones are refused.
 """
 
 from __future__ import annotations
