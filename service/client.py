@@ -110,11 +110,12 @@ class Reply:
     rows: list[Row]
     timing: dict[str, float] = field(default_factory=dict)
     precision: str = "float32"
+    seed: int | list[int] | None = None
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Reply:
         rows = [Row.parse(row) for row in raw["results"]]
-        return cls(raw["model"], raw["version"], rows, raw["timing"], raw.get("precision", "float32"))
+        return cls(raw["model"], raw["version"], rows, raw["timing"], raw.get("precision", "float32"), raw.get("seed"))
 
     @property
     def posteriors(self) -> list[Posterior]:
@@ -140,6 +141,57 @@ class Reply:
     def log_px(self) -> NDArray[np.float64]:
         """(R,) importance-weighted log p(x) of `score`, in nats; NaN where it was not asked for."""
         return np.asarray([np.nan if row.log_px is None else row.log_px for row in self.rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What the server said of one frame of a sequence; what was not asked for is None. Nats. `raw` is the whole result."""
+
+    frame: int
+    elbo: float | None
+    surprise: float | None
+    surprise_quantile: float | None
+    steps_used: int
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Frame:
+        return cls(raw["frame"], raw["elbo"], raw["surprise"], raw["surprise_quantile"], raw["steps_used"], raw)
+
+    @property
+    def mu(self) -> Floats:
+        """(D,), posterior mean; needs `returns=["posterior"]`."""
+        return _floats(self.raw["posterior"]["levels"][0]["mu"])
+
+    @property
+    def log_sigma(self) -> Floats:
+        """(D,)."""
+        return _floats(self.raw["posterior"]["levels"][0]["log_sigma"])
+
+
+@dataclass(frozen=True, eq=False)
+class Filtered:
+    """One result per frame, in order, and the `state` from which the next call goes on; `frame` is the index of the next frame."""
+
+    model: str
+    version: str
+    frames: list[Frame]
+    state: str = field(repr=False)
+    frame: int = 0
+    timing: dict[str, float] = field(default_factory=dict)
+    precision: str = "float32"
+    seed: int | None = None
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Filtered:
+        frames = [Frame.parse(result) for result in raw["results"]]
+        rest = (raw["state"], raw["frame"], raw["timing"], raw.get("precision", "float32"), raw.get("seed"))
+        return cls(raw["model"], raw["version"], frames, *rest)
+
+    @property
+    def elbo(self) -> NDArray[np.float64]:
+        """(T,) in nats; NaN where it was not finite."""
+        return np.asarray([np.nan if frame.elbo is None else frame.elbo for frame in self.frames])
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,11 +247,22 @@ class _Base:
         self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": 60.0} | options
 
     def path(self, call: str, model: str | None) -> str:
+        """Where `call` of a model is; the client's version is that of its own model, or of any if it has none.
+
+        Raises:
+            ValueError: no model is named, or another one than that to which the client's version belongs.
+        """
         name = model or self.model
         if name is None:
             raise ValueError("model: name one, in the call or when making the client; models() lists them")
-        version = f"/versions/{self.version}" if self.version is not None and model is None else ""
-        return f"/v1/models/{name}{version}{call}"
+        if self.version is None:
+            return f"/v1/models/{name}{call}"
+        if self.model not in (None, name):
+            raise ValueError(
+                f"model: the version {self.version} of this client is one of {self.model}; "
+                f"make another client for {name}, with model={name!r} and, unless the newest is meant, its version"
+            )
+        return f"/v1/models/{name}/versions/{self.version}{call}"
 
     def wait_s(self, response: httpx.Response, attempt: int) -> float | None:
         """Seconds to wait before trying again, or None if the answer stands."""
@@ -235,20 +298,20 @@ def encode(
     elastic: bool | None = None,
     seed: int | Sequence[int] = 0,
     samples: int = 1,
-    returns: Sequence[str] = ("posterior", "elbo"),
+    returns: str | Sequence[str] = ("posterior", "elbo"),
     model: str | None = None,
 ) -> Call[Reply]:
     """Posteriors of `inputs` (R, *X); see the server's /docs for the budget fields."""
     body = {
-        "inputs": _rows(inputs),
-        "mask": None if mask is None else _rows(mask),
+        "inputs": _rows(inputs, "inputs"),
+        "mask": None if mask is None else _rows(mask, "mask"),
         "steps": steps,
         "deadline_ms": deadline_ms,
         "tolerance": tolerance,
         "elastic": elastic,
         "seed": seed,
         "samples": samples,
-        "return": list(returns),
+        "return": listed(returns),
     }
     return Call("POST", client.path("/encode", model), Reply.parse, body)
 
@@ -270,16 +333,22 @@ def reconstruct(
     posteriors: Sequence[Posterior] | None = None,
     mask: ArrayLike | None = None,
     steps: int | None = None,
+    deadline_ms: float | None = None,
+    tolerance: float | None = None,
+    elastic: bool | None = None,
     seed: int | Sequence[int] = 0,
     samples: int = 0,
     model: str | None = None,
 ) -> Call[Reply]:
     """Mean of p(x|z), and `samples` draws of x, from `inputs` (encoded first) or from `posteriors`."""
     body = {
-        "inputs": None if inputs is None else _rows(inputs),
+        "inputs": None if inputs is None else _rows(inputs, "inputs"),
         "posterior": None if posteriors is None else [posterior.as_json() for posterior in posteriors],
-        "mask": None if mask is None else _rows(mask),
+        "mask": None if mask is None else _rows(mask, "mask"),
         "steps": steps,
+        "deadline_ms": deadline_ms,
+        "tolerance": tolerance,
+        "elastic": elastic,
         "seed": seed,
         "samples": samples,
     }
@@ -293,12 +362,24 @@ def score(
     *,
     mask: ArrayLike | None = None,
     steps: int | None = None,
+    deadline_ms: float | None = None,
+    tolerance: float | None = None,
+    elastic: bool | None = None,
     seed: int | Sequence[int] = 0,
     samples: int = 100,
     model: str | None = None,
 ) -> Call[Reply]:
     """Importance-weighted log p(x) by `samples` samples, and the ELBO's quantile among training rows."""
-    body = {"inputs": _rows(inputs), "mask": None if mask is None else _rows(mask), "steps": steps, "seed": seed, "samples": samples}
+    body = {
+        "inputs": _rows(inputs, "inputs"),
+        "mask": None if mask is None else _rows(mask, "mask"),
+        "steps": steps,
+        "deadline_ms": deadline_ms,
+        "tolerance": tolerance,
+        "elastic": elastic,
+        "seed": seed,
+        "samples": samples,
+    }
     return Call("POST", client.path("/score", model), Reply.parse, body)
 
 
@@ -327,6 +408,37 @@ def dream(
     return Call("POST", client.path("/generate", model), lambda raw: [Dream.parse(result) for result in raw["results"]], body)
 
 
+def filter(
+    client: _Base,
+    /,
+    frames: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    state: str | None = None,
+    steps: int | None = None,
+    elastic: bool | None = None,
+    seed: int | None = None,
+    returns: str | Sequence[str] = ("elbo", "surprise"),
+    model: str | None = None,
+) -> Call[Filtered]:
+    """Filters `frames` (T, *X) of a sequence: from its beginning, or on from the `state` of an earlier reply."""
+    body = {
+        "frames": _rows(frames, "frames"),
+        "mask": None if mask is None else _rows(mask, "mask"),
+        "state": state,
+        "steps": steps,
+        "elastic": elastic,
+        "seed": seed,
+        "return": listed(returns),
+    }
+    return Call("POST", client.path("/filter", model), Filtered.parse, body)
+
+
+def _followed(client: _Base, inputs: ArrayLike, posteriors: Sequence[Posterior] | None, options: Mapping[str, Any]) -> Call[Reply]:
+    """The call whose events are told."""
+    return encode(client, inputs, **options) if posteriors is None else refine(client, inputs, posteriors, **options)
+
+
 def _sync(build: Callable[Concatenate[_Base, P], Call[T]]) -> Callable[Concatenate[ElbowClient, P], T]:
     @functools.wraps(build)
     def method(self: ElbowClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -346,9 +458,11 @@ def _async(build: Callable[Concatenate[_Base, P], Call[T]]) -> Callable[Concaten
 class ElbowClient(_Base):
     """Synchronous client; a context manager. Replies of 429 and 503 are tried again `retries` times, as the server asks.
 
-    `api_key` is sent as a bearer token; `options` are httpx.Client's.
+    `api_key` is sent as a bearer token; `options` are httpx.Client's. `version` is one of `model`, or of whichever model a call names if
+    the client has none.
 
-    Raises (every call): ElbowHTTPError with the server's problem document; httpx.TransportError if it cannot be reached.
+    Raises (every call): ElbowHTTPError with the server's problem document; httpx.TransportError if it cannot be reached; ValueError for
+    arrays that are no rows of finite numbers, no model, or another model than the one to which the client's version belongs.
     """
 
     def __init__(
@@ -366,7 +480,7 @@ class ElbowClient(_Base):
 
     models, card, curve = _sync(models), _sync(card), _sync(curve)
     encode, refine, reconstruct, score, generate = _sync(encode), _sync(refine), _sync(reconstruct), _sync(score), _sync(generate)
-    dream = _sync(dream)
+    dream, filter = _sync(dream), _sync(filter)
 
     def send(self, call: Call[T]) -> T:
         attempt = 0
@@ -378,17 +492,24 @@ class ElbowClient(_Base):
             time.sleep(wait)
             attempt += 1
 
-    def events(self, inputs: ArrayLike, **options: Any) -> Iterator[StepEvent | Reply]:
-        """Encodes, telling the best so far after every step; the last item is the Reply. Options as of `encode`."""
-        call = encode(self, inputs, **options)
-        with self._http.stream(call.method, call.path, content=call.content, headers=_EVENTS) as response:
-            if response.status_code != httpx.codes.OK:
-                response.read()
-                _checked(response)
-            reader = _EventReader()
-            for line in response.iter_lines():
-                if (event := reader.feed(line)) is not None:
-                    yield event
+    def events(self, inputs: ArrayLike, posteriors: Sequence[Posterior] | None = None, **options: Any) -> Iterator[StepEvent | Reply]:
+        """Encodes, or refines `posteriors`, telling the best so far after every step; ends with the Reply. Options as of `encode`."""
+        call = _followed(self, inputs, posteriors, options)
+        attempt = 0
+        while True:
+            with self._http.stream(call.method, call.path, content=call.content, headers=_EVENTS) as response:
+                wait = self.wait_s(response, attempt)
+                if wait is None:
+                    if response.status_code != httpx.codes.OK:
+                        response.read()
+                        _checked(response)
+                    reader = _EventReader()
+                    for line in response.iter_lines():
+                        if (event := reader.feed(line)) is not None:
+                            yield event
+                    return
+            time.sleep(wait)
+            attempt += 1
 
     def close(self) -> None:
         self._http.close()
@@ -418,7 +539,7 @@ class AsyncElbowClient(_Base):
 
     models, card, curve = _async(models), _async(card), _async(curve)
     encode, refine, reconstruct, score, generate = _async(encode), _async(refine), _async(reconstruct), _async(score), _async(generate)
-    dream = _async(dream)
+    dream, filter = _async(dream), _async(filter)
 
     async def send(self, call: Call[T]) -> T:
         attempt = 0
@@ -430,17 +551,26 @@ class AsyncElbowClient(_Base):
             await asyncio.sleep(wait)
             attempt += 1
 
-    async def events(self, inputs: ArrayLike, **options: Any) -> AsyncIterator[StepEvent | Reply]:
+    async def events(
+        self, inputs: ArrayLike, posteriors: Sequence[Posterior] | None = None, **options: Any
+    ) -> AsyncIterator[StepEvent | Reply]:
         """As `ElbowClient.events`."""
-        call = encode(self, inputs, **options)
-        async with self._http.stream(call.method, call.path, content=call.content, headers=_EVENTS) as response:
-            if response.status_code != httpx.codes.OK:
-                await response.aread()
-                _checked(response)
-            reader = _EventReader()
-            async for line in response.aiter_lines():
-                if (event := reader.feed(line)) is not None:
-                    yield event
+        call = _followed(self, inputs, posteriors, options)
+        attempt = 0
+        while True:
+            async with self._http.stream(call.method, call.path, content=call.content, headers=_EVENTS) as response:
+                wait = self.wait_s(response, attempt)
+                if wait is None:
+                    if response.status_code != httpx.codes.OK:
+                        await response.aread()
+                        _checked(response)
+                    reader = _EventReader()
+                    async for line in response.aiter_lines():
+                        if (event := reader.feed(line)) is not None:
+                            yield event
+                    return
+            await asyncio.sleep(wait)
+            attempt += 1
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -503,14 +633,28 @@ def _retry_after(response: httpx.Response) -> float | None:
     return float(value) if value.isdigit() else None
 
 
-def _rows(values: ArrayLike) -> NDArray[Any]:
-    """As one contiguous array that serialises without a Python number per element."""
-    array = np.asarray(values)
-    if array.dtype.kind == "f":
-        array = array.astype(np.float32, copy=False)
+def listed(returns: str | Sequence[str]) -> list[str]:
+    """As the list that `return` is; a single part may be given by itself."""
+    return [returns] if isinstance(returns, str) else list(returns)
+
+
+def _rows(values: ArrayLike, name: str) -> NDArray[Any]:
+    """As one contiguous array that serialises without a Python number per element.
+
+    Raises:
+        ValueError: rows of unequal length, something else than real numbers, a single number, or one that is not finite.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as exc:
+        raise ValueError(f"{name}: rows must be of equal length: {exc}") from exc
+    if array.dtype.kind not in "fiub" or not array.ndim:
+        raise ValueError(f"{name}: must be rows of numbers, not {array.dtype} {array.shape}")
+    with np.errstate(over="ignore"):  # refused below
+        array = array.astype(np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("="), order="C", copy=False)
     if not np.all(np.isfinite(array)):
-        raise ValueError("inputs and mask must be finite: JSON has no NaN; hide what is missing with mask")
-    return np.ascontiguousarray(array)
+        raise ValueError(f"{name}: must be finite: JSON has no NaN; hide what is missing with mask")
+    return array
 
 
 def _floats(values: Any) -> Floats:

@@ -16,56 +16,45 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import random
+import threading
 import wave
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.uri import parse_uri
 
+from service.client import Frame, listed
+
+__all__ = ["FilterStream", "Frame", "Source", "StreamError", "Summary", "read_sound"]
+
+T = TypeVar("T")
 Source = str | Path | NDArray[Any] | Iterable[NDArray[Any]] | AsyncIterable[NDArray[Any]]
 
-TRY_AGAIN = ("overloaded", "shutting_down", "backend_failure")
+TRY_AGAIN = ("overloaded", "quota_exceeded", "shutting_down", "backend_failure")
 CHUNK_S = 0.1
 FRAMES_AT_ONCE = 32
+UNKNOWN_LENGTH = 0x7FFF0000
+"""Bytes promised by the header of a WAV written to a pipe, by ffmpeg (2³² − 1) or sox (about 2³¹), mean nothing from here on."""
+KEEP_ALIVE_S = 15.0
 MOST_KEPT = 64 << 20
 """Bytes sent and not yet covered by a token, beyond which no more is read from the source."""
 
 
 class StreamError(Exception):
-    """The server refused the stream, or could not be reached again. `code` as in its error message."""
+    """The server refused the stream, or could not be reached again. `code` and `retry_after_s` as in its error message."""
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code: str, message: str, retry_after_s: float | None = None):
         super().__init__(f"{code}: {message}")
-        self.code = code
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """What the server said of one frame; what was not asked for is None. Nats. `raw` is the whole result."""
-
-    frame: int
-    elbo: float | None
-    surprise: float | None
-    surprise_quantile: float | None
-    steps_used: int
-    raw: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def mu(self) -> NDArray[np.float32]:
-        """(D,), posterior mean; needs `returns=["posterior"]`."""
-        return np.asarray(self.raw["posterior"]["levels"][0]["mu"], np.float32)
-
-    @property
-    def log_sigma(self) -> NDArray[np.float32]:
-        """(D,)."""
-        return np.asarray(self.raw["posterior"]["levels"][0]["log_sigma"], np.float32)
+        self.code, self.retry_after_s = code, retry_after_s
 
 
 @dataclass(frozen=True)
@@ -95,16 +84,20 @@ class FilterStream:
     Args:
         url: http(s) or ws(s) address of the server. model, version: which filter.
         source: a sound file; samples, (n,) int16 or float32 in −1…1; frames, (n, X), for other models; or an (asynchronous)
-            iterable of such arrays, for example a microphone.
-        sample_rate: of arrays; a file knows its own.
+            iterable of such arrays, for example a microphone. A plain iterable is read in a thread of its own, so it may wait.
+        sample_rate: of arrays; a file knows its own; default: the model's.
         steps, seed, elastic, returns: as the protocol has them.
         realtime: send at the pace at which the audio was spoken.
         token_every: frames between tokens; what is kept for replay grows with it.
-        retries: reconnections in a row without a single new frame. api_key: sent as a bearer token.
+        retries: reconnections in a row that brought nothing new; each waits as long as the server says. api_key: sent as a bearer token.
+
+    Raises:
+        ValueError: the url is none of a server.
 
     Raises (while iterating):
         StreamError: the server refused the stream, or stayed away.
-        ValueError: the source is no sound this client can read.
+        ValueError: the source is no sound this client can read, or `realtime` is asked of frames that have no rate.
+        Whatever the source raises, at once.
     """
 
     def __init__(
@@ -118,7 +111,7 @@ class FilterStream:
         steps: int | None = None,
         seed: int | None = None,
         elastic: bool | None = None,
-        returns: Sequence[str] = (),
+        returns: str | Sequence[str] = (),
         realtime: bool = False,
         token_every: int = 80,
         retries: int = 8,
@@ -128,51 +121,79 @@ class FilterStream:
         for http, ws in (("http://", "ws://"), ("https://", "wss://")):
             base = ws + base.removeprefix(http) if base.startswith(http) else base
         self._url = f"{base}/v1/models/{model}" + (f"/versions/{version}" if version else "") + "/filter"
+        try:
+            parse_uri(self._url)
+        except (InvalidURI, ValueError) as exc:
+            raise ValueError(f"url: must be like http://127.0.0.1:8000 (or https, ws, wss), not {url!r}") from exc
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._settings: dict[str, Any] = {"steps": steps, "seed": seed, "elastic": elastic, "return": list(returns)}
+        self._settings: dict[str, Any] = {"steps": steps, "seed": seed, "elastic": elastic, "return": listed(returns)}
         self._settings = {name: value for name, value in self._settings.items() if value not in (None, [])} | {"token_every": token_every}
         self._source, self._realtime, self._retries = source, realtime, retries
         self._rate = sample_rate
         self.opened: dict[str, Any] = {}
         """The settings as the server applied them."""
         self.summary: Summary | None = None
+        self._answered = asyncio.Event()
+        """The server has said what it applies."""
         self._token: str | None = None
+        self._token_samples = 0
         self._kept: list[_Sent] = []
         self._kept_bytes = 0
-        self._whole = False
+        self._frugal = False
+        """Whether every message is waited for, because frames sent twice are paid twice."""
         self._news = asyncio.Condition()
         self._next = 0
         self._connections = 0
 
     async def __aiter__(self) -> AsyncIterator[Frame]:
         chunks = self._chunks()
-        first = await anext(chunks, None)
-        pump = asyncio.create_task(self._pump(first, chunks))
+        pump: asyncio.Task[None] | None = None
         try:
+            first = await anext(chunks, None)
+            pump = asyncio.create_task(self._pump(first, chunks))
             attempt = 0
             while self.summary is None:
-                before = self._next
+                before, told = (self._next, self._token_samples), None
                 try:
                     async for frame in self._session(pump):
                         yield frame
                     broken = "the server closed the stream"
                 except (OSError, ConnectionClosed, InvalidHandshake) as exc:
                     broken = str(exc) or type(exc).__name__
-                    if isinstance(exc, InvalidStatus) and exc.response.status_code < 500:
-                        raise _refused(exc) from exc
+                    if isinstance(exc, InvalidStatus):
+                        refused = _refused(exc)
+                        if exc.response.status_code < 500 and refused.code not in TRY_AGAIN:
+                            raise refused from exc
+                        broken, told = str(refused), refused.retry_after_s
                 except StreamError as exc:
                     if exc.code not in TRY_AGAIN:
                         raise
-                    broken = str(exc)
+                    broken, told = str(exc), exc.retry_after_s
+                    self._frugal |= exc.code == "quota_exceeded"
                 if self.summary is None:
-                    attempt = 0 if self._next > before else attempt + 1
+                    if pump.done():
+                        pump.result()
+                    attempt = 0 if (self._next, self._token_samples) != before else attempt + 1
                     if attempt > self._retries:
                         raise StreamError("unreachable", f"gave up after {attempt} attempts: {broken}")
-                    await asyncio.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
+                    await self._wait(
+                        pump, min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0) if told is None else told * random.uniform(1.0, 1.2)
+                    )
         finally:
-            pump.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await pump
+            if pump is not None:
+                pump.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await pump
+            await chunks.aclose()
+
+    async def _wait(self, pump: asyncio.Task[None], seconds: float) -> None:
+        """Until the next attempt; what the source raises meanwhile is raised."""
+        now = asyncio.get_running_loop().time
+        end = now() + seconds
+        await asyncio.wait([pump], timeout=seconds)
+        if pump.done():
+            pump.result()
+        await asyncio.sleep(end - now())
 
     # One connection.
 
@@ -184,17 +205,15 @@ class FilterStream:
             await socket.send(orjson.dumps({"type": "open", **self._settings, **({"state": self._token} if self._token else {})}).decode())
             self.opened = _message(await socket.recv(), "opened")
             self._settings["seed"] = self.opened["seed"]  # without a token the stream begins anew, with the same noise
+            self._answered.set()
             sender = asyncio.create_task(self._send(socket, int(self.opened["samples"]), pump))
             try:
-                async for raw in socket:
-                    message = _message(raw)
-                    for frame in await self._take(message):
+                while (raw := await _heard(socket, sender)) is not None:
+                    for frame in await self._take(_message(raw)):
                         yield frame
-                    if sender.done() and not sender.cancelled() and sender.exception() is not None:
-                        sender.result()
             finally:
                 sender.cancel()
-                with contextlib.suppress(asyncio.CancelledError, ConnectionClosed):
+                with contextlib.suppress(asyncio.CancelledError, Exception):  # `_heard` has raised it
                     await sender
 
     async def _take(self, message: dict[str, Any]) -> list[Frame]:
@@ -209,47 +228,67 @@ class FilterStream:
             fresh = [result for result in message["results"] if result["frame"] >= self._next]
             if fresh:
                 self._next = fresh[-1]["frame"] + 1
-            return [Frame(r["frame"], r["elbo"], r["surprise"], r["surprise_quantile"], r["steps_used"], r) for r in fresh]
+            return [Frame.parse(result) for result in fresh]
         return []
 
     async def _covered(self, token: str, samples: int) -> None:
         """What the token's state has consumed need not be kept any more."""
         async with self._news:
-            self._token = token
+            self._token, self._token_samples = token, samples
             self._kept = [sent for sent in self._kept if sent.start + sent.count > samples]
             self._kept_bytes = sum(len(sent.payload) for sent in self._kept)
             self._news.notify_all()
 
     async def _send(self, socket: ClientConnection, position: int, pump: asyncio.Task[None]) -> None:
-        """Everything from `position` on, as it comes; then flush and close."""
-        while True:
-            async with self._news:
-                while not (todo := [sent for sent in self._kept if sent.start + sent.count > position]) and not self._whole:
-                    if pump.done() and pump.exception() is not None:
-                        pump.result()
-                    await self._news.wait()
-            if not todo:
-                break
-            for sent in todo:
-                if sent.start != position:
-                    raise StreamError("protocol", f"the server stands at sample {position}, what is kept begins at {sent.start}")
-                await socket.send(sent.payload)
-                position += sent.count
-        for kind in ("flush", "close"):
-            await socket.send(f'{{"type":"{kind}"}}')
+        """Everything from `position` on, as it comes, and that the client is there while nothing does; then flush and close."""
+        patience = min(KEEP_ALIVE_S, self.opened.get("limits", {}).get("idle_s", 60.0) / 4)
+        with contextlib.suppress(ConnectionClosed):  # `_heard` meets it too, after what the server said before it
+            while not pump.done() or self._after(position):
+                if not (todo := await self._todo(position, pump, patience)):
+                    if not pump.done():
+                        await socket.send('{"type":"keep_alive"}')
+                    continue
+                for sent in todo:
+                    if sent.start != position:
+                        raise StreamError("protocol", f"the server stands at sample {position}, what is kept begins at {sent.start}")
+                    await socket.send(sent.payload)
+                    position += sent.count
+                    if self._frugal:
+                        await socket.send('{"type":"snapshot"}')
+                        await self._until_covered(position)
+        if pump.done():
+            pump.result()
+            with contextlib.suppress(ConnectionClosed):
+                for kind in ("flush", "close"):
+                    await socket.send(f'{{"type":"{kind}"}}')
+
+    def _after(self, position: int) -> list[_Sent]:
+        return [sent for sent in self._kept if sent.start + sent.count > position]
+
+    async def _todo(self, position: int, pump: asyncio.Task[None], patience: float) -> list[_Sent]:
+        """What is to be sent, as soon as there is any; nothing when `patience` or the source is at its end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience), self._news:
+                await self._news.wait_for(lambda: self._after(position) or pump.done())
+        return self._after(position)
+
+    async def _until_covered(self, position: int) -> None:
+        async with self._news:
+            await self._news.wait_for(lambda: self._token_samples >= position)
 
     # The source.
 
     async def _pump(self, first: NDArray[Any] | None, chunks: AsyncIterator[NDArray[Any]]) -> None:
         """Reads the source, no farther ahead than may be kept."""
-        start, began = 0, asyncio.get_running_loop().time()
+        now, start = asyncio.get_running_loop().time, 0
         try:
-            chunk = first
+            pace = await self._pace(first) if self._realtime and first is not None else None
+            chunk, began = first, now()
             while chunk is not None:
                 sent = _Sent(start, len(chunk), _payload(chunk))
                 start += sent.count
-                if self._realtime and self._rate:
-                    await asyncio.sleep(began + start / self._rate - asyncio.get_running_loop().time())
+                if pace is not None:
+                    await asyncio.sleep(began + start / pace - now())
                 async with self._news:
                     while self._kept_bytes > MOST_KEPT:
                         await self._news.wait()
@@ -257,35 +296,56 @@ class FilterStream:
                     self._kept_bytes += len(sent.payload)
                     self._news.notify_all()
                 chunk = await anext(chunks, None)
-            self._whole = True
         finally:
             async with self._news:
                 self._news.notify_all()
 
-    async def _chunks(self) -> AsyncIterator[NDArray[Any]]:
+    async def _pace(self, first: NDArray[Any]) -> float:
+        """Samples, or frames, a second; the model's own where none is given, and always of frames.
+
+        Raises:
+            ValueError: the model's frames have no rate.
+        """
+        if first.ndim == 1 and self._rate:
+            return self._rate
+        await self._answered.wait()
+        rate = self.opened["model_sample_rate"]
+        if not rate:
+            raise ValueError("realtime: this model's frames are no audio and have no rate: leave it out")
+        return float(rate) if first.ndim == 1 else rate / self.opened["frame_size"]
+
+    async def _chunks(self) -> AsyncGenerator[NDArray[Any]]:
         """The source in messages of about 100 ms; settles sample rate and encoding by the first."""
         source = self._source
         if isinstance(source, str | Path):
             self._rate, source = read_sound(Path(source))
         if isinstance(source, np.ndarray):
-            source = _cut(source, self._rate)
+            for chunk in _cut(source, self._rate):
+                yield self._known(chunk)
+            return
         if isinstance(source, AsyncIterable):
             async for chunk in source:
                 yield self._known(np.asarray(chunk))
-        else:
-            for chunk in source:
+            return
+        async with contextlib.aclosing(_in_thread(source)) as waited_for:
+            async for chunk in waited_for:
                 yield self._known(np.asarray(chunk))
 
     def _known(self, chunk: NDArray[Any]) -> NDArray[Any]:
-        if chunk.ndim == 2:
-            self._settings["encoding"] = "json"
-            return chunk
-        if chunk.ndim != 1 or chunk.dtype.kind not in "if":
+        """The chunk, in this machine's byte order.
+
+        Raises:
+            ValueError: it is neither samples nor frames, or not of the kind that came before.
+        """
+        if chunk.ndim not in (1, 2) or chunk.dtype.kind not in ("fiub" if chunk.ndim == 2 else "if"):
             raise ValueError(f"source: chunks must be (n,) samples or (n, X) frames, not {chunk.dtype} {chunk.shape}")
-        if chunk.dtype.kind == "i" and chunk.dtype != np.int16:
+        chunk = chunk.astype(chunk.dtype.newbyteorder("="), copy=False)
+        if chunk.ndim == 1 and chunk.dtype.kind == "i" and chunk.dtype != np.int16:
             raise ValueError(f"source: integer samples must be int16, not {chunk.dtype}")
-        self._settings["encoding"] = "pcm_s16le" if chunk.dtype == np.int16 else "pcm_f32le"
-        if self._rate is not None:
+        encoding = "json" if chunk.ndim == 2 else "pcm_s16le" if chunk.dtype == np.int16 else "pcm_f32le"
+        if self._settings.setdefault("encoding", encoding) != encoding:
+            raise ValueError(f"source: began as {self._settings['encoding']} and goes on as {encoding} ({chunk.dtype} {chunk.shape})")
+        if chunk.ndim == 1 and self._rate is not None:
             self._settings["sample_rate"] = self._rate
         return chunk
 
@@ -294,18 +354,23 @@ def read_sound(file: Path) -> tuple[int, NDArray[Any]]:
     """Sample rate and mono samples: WAV by the standard library, other formats by libsndfile if `soundfile` is installed.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or is a WAV that ends before its header says.
     """
     try:
         with wave.open(str(file)) as sound:
             if sound.getsampwidth() == 2:
-                samples = np.frombuffer(sound.readframes(sound.getnframes()), "<i2")
-                channels = sound.getnchannels()
+                channels, promised = sound.getnchannels(), sound.getnframes()
+                data = sound.readframes(min(promised, file.stat().st_size))
+                size = 2 * channels * promised
+                if len(data) < size < UNKNOWN_LENGTH:
+                    raise ValueError(f"{file}: is cut short: its header promises {size} bytes of sound, {len(data)} are there")
+                samples = np.frombuffer(data[: len(data) - len(data) % (2 * channels)], "<i2")
                 return sound.getframerate(), samples if channels == 1 else samples.reshape(-1, channels).mean(1).astype(np.int16)
     except (wave.Error, EOFError):
         pass
     except OSError as exc:
         raise ValueError(f"{file}: {exc.strerror or exc}") from exc
+    _refuse_cut(file)
     try:
         import soundfile
     except ImportError as exc:
@@ -315,6 +380,67 @@ def read_sound(file: Path) -> tuple[int, NDArray[Any]]:
     except Exception as exc:  # libsndfile's errors have no common base in all versions
         raise ValueError(f"{file}: {exc}") from exc
     return int(rate), np.clip(data.mean(1), -1, 1)
+
+
+def _refuse_cut(file: Path) -> None:
+    """Raises ValueError if it is a WAV file that has fewer bytes than its first chunk says; libsndfile reads what there is."""
+    with file.open("rb") as handle:
+        head = handle.read(12)
+    promised, there = int.from_bytes(head[4:8], "little") + 8, file.stat().st_size
+    if not head:
+        raise ValueError(f"{file}: is empty")
+    is_wav = head[:4] == b"RIFF" and b"WAVE".startswith(head[8:])
+    if is_wav and there + 1 < promised < UNKNOWN_LENGTH:  # the byte that fills up the last chunk is often left out
+        raise ValueError(f"{file}: is cut short: its header promises {promised} bytes, {there} are there")
+
+
+async def _in_thread(source: Iterable[T]) -> AsyncGenerator[T]:
+    """The items of an iterable that may wait, one at a time, from a thread of its own; it ends with the program, however long it waits."""
+    loop, asked, end = asyncio.get_running_loop(), queue.SimpleQueue[asyncio.Future[Any] | None](), object()
+
+    def settle(answer: asyncio.Future[Any], item: Any, failure: BaseException | None) -> None:
+        if answer.done():
+            return
+        if failure is None:
+            answer.set_result(item)
+        else:
+            answer.set_exception(failure)
+
+    def read() -> None:
+        items, item, failure = None, end, None
+        while (answer := asked.get()) is not None:
+            try:
+                items = iter(source) if items is None else items
+                item = next(items, end)
+            except BaseException as exc:  # told to who asked
+                failure = exc
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
+                loop.call_soon_threadsafe(settle, answer, item, failure)
+
+    threading.Thread(target=read, name="elbow-source", daemon=True).start()
+    try:
+        while True:
+            asked.put(answer := loop.create_future())
+            if (item := await answer) is end:
+                return
+            yield item
+    finally:
+        asked.put(None)
+
+
+async def _heard(socket: ClientConnection, sender: asyncio.Task[None]) -> str | bytes | None:
+    """The server's next message, None after its last. What made the sender fail, so also what the source raises, is raised at once."""
+    receiving = asyncio.create_task(socket.recv())
+    try:
+        if not sender.done():
+            await asyncio.wait([receiving, sender], return_when=asyncio.FIRST_COMPLETED)
+        if sender.done() and not receiving.done():
+            sender.result()
+        return await receiving
+    except ConnectionClosedOK:
+        return None
+    finally:
+        receiving.cancel()
 
 
 def _cut(values: NDArray[Any], rate: int | None) -> Iterable[NDArray[Any]]:
@@ -331,7 +457,7 @@ def _payload(chunk: NDArray[Any]) -> bytes | str:
 def _message(raw: str | bytes, wanted: str | None = None) -> dict[str, Any]:
     message: dict[str, Any] = orjson.loads(raw)
     if message["type"] == "error":
-        raise StreamError(message["code"], message["error"])
+        raise StreamError(message["code"], message["error"], message.get("retry_after_s"))
     if wanted is not None and message["type"] != wanted:
         raise StreamError("protocol", f"expected {wanted}, got {message['type']}")
     return message
@@ -342,4 +468,6 @@ def _refused(exc: InvalidStatus) -> StreamError:
         problem = orjson.loads(exc.response.body or b"{}")
     except orjson.JSONDecodeError:
         problem = {}
-    return StreamError(problem.get("code", "refused"), problem.get("detail", f"HTTP {exc.response.status_code}"))
+    after = exc.response.headers.get("Retry-After", "")
+    told = problem.get("retry_after_s", float(after) if after.isdecimal() else None)
+    return StreamError(problem.get("code", "refused"), problem.get("detail", f"HTTP {exc.response.status_code}"), told)

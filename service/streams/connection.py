@@ -30,6 +30,7 @@ from service.errors import (
     InvalidInput,
     Overloaded,
     QuotaExceeded,
+    RetryLater,
     ShuttingDown,
     TokenRefused,
     WrongMessageKind,
@@ -423,6 +424,8 @@ class Connection:
         message: dict[str, Any] = {"type": "error", "code": error.code, "error": error.detail, "request_id": self._call.request_id}
         if error.fields:
             message["field"] = error.fields[0][0]
+        if isinstance(error, RetryLater):
+            message["retry_after_s"] = error.retry_after_s
         self._send(message)
         self._end(CLOSE_CODES.get(type(error), BAD_PAYLOAD))
 

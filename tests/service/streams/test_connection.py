@@ -259,6 +259,18 @@ def test_a_stream_that_fails_is_one_failure_and_what_it_did_not_get_is_not_paid_
     assert quota._left == pytest.approx(10_000, abs=1)
 
 
+def test_a_spent_quota_says_when_to_come_back() -> None:
+    async def scenario(client: Client) -> None:
+        for _ in range(2):
+            client.say("frames", frames=[[0.0] * X] * 5)
+        await client.until("error")
+
+    client = talk(scenario, quota=Quota(0.1, 1))
+    (error,) = client.of("error")
+    assert (error["code"], client.code) == ("quota_exceeded", 1013)
+    assert 10 < error["retry_after_s"] < 110
+
+
 def test_an_answer_that_cannot_be_made_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(client: Client) -> None:
         monkeypatch.setattr(client.connection._shaper, "results", lambda *_: 1 / 0)

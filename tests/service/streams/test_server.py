@@ -16,6 +16,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from models.artifact import Artifact
+from service.client import ElbowClient
+from service.keys import digest_of
 from service.stream_client import FilterStream, Frame, StreamError
 from tests.service.streams.conftest import FRAME, RATE, ServerProcess, sound, write_wav
 
@@ -165,6 +167,31 @@ def test_json_frames_and_posts_say_what_audio_says(server: ServerProcess) -> Non
     for found in (as_json, [*first["results"], *second["results"]]):
         assert [r["frame"] for r in found] == [r["frame"] for r in streamed]
         np.testing.assert_allclose([r["elbo"] for r in found], [r["elbo"] for r in streamed], rtol=1e-5, atol=1e-4)
+
+
+def test_the_python_client_filters_as_the_post_does(server: ServerProcess) -> None:
+    frames = (sound(4, 6 * FRAME) / 32768).reshape(6, FRAME)
+    mask = np.ones_like(frames)
+    mask[2] = 0
+    said = httpx.post(server.url + PATH, json={"frames": frames.tolist(), "mask": mask.tolist(), "seed": 1, "return": ["posterior"]}).json()
+    with ElbowClient(server.url, model="tiny-speech") as client:
+        first = client.filter(frames[:4], mask=mask[:4], seed=1, returns="posterior")
+        second = client.filter(frames[4:], mask=mask[4:], state=first.state, returns=["posterior"])
+    assert (first.version, first.frame, second.frame, second.seed) == ("1", 4, 6, 1)
+    assert [frame.steps_used for frame in first.frames] == [2, 2, 0, 2]
+    both = [*first.frames, *second.frames]
+    np.testing.assert_allclose([frame.elbo for frame in both], [result["elbo"] for result in said["results"]], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(both[5].mu, said["results"][5]["posterior"]["levels"][0]["mu"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_stream_that_may_pay_for_one_message_at_a_time_comes_to_its_end(
+    start_server: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text(f"bob {digest_of('bobs-key')} 200/30\n")
+    poor = start_server(ELBOW_KEYS_FILE=str(tmp_path / "keys"))
+    frames, stream = collected(poor.url, sound(4, 160 * FRAME), sample_rate=RATE, seed=1, api_key="bobs-key", retries=3)
+    assert [frame.frame for frame in frames] == list(range(160))
+    assert stream._connections > 2
 
 
 def test_a_snapshot_goes_on_elsewhere_and_in_no_other_hands(server: ServerProcess, start_server: Callable[..., ServerProcess]) -> None:
