@@ -36,7 +36,9 @@ def iterative() -> OnnxEngine:
     return OnnxEngine(Artifact.open(SHIPPED["mnist-iterative"]), threads=2)
 
 
-def serve(engine: OnnxEngine, x: np.ndarray, steps: int, samples: int, *, events: bool = False, trace: bool = True):
+def serve(
+    engine: OnnxEngine, x: np.ndarray, steps: int, samples: int, *, mask: np.ndarray | None = None, events: bool = False, trace: bool = True
+):
     scheduler = Scheduler(slots=len(x), tick_s=0.1)  # nobody else waits: large batches
     scheduler.add_model("shipped", engine)
     job = Job(
@@ -45,7 +47,7 @@ def serve(engine: OnnxEngine, x: np.ndarray, steps: int, samples: int, *, events
         budget=Budget(steps),
         ask=Ask(samples=samples, trace=trace),
         x=x,
-        mask=np.ones_like(x),
+        mask=np.ones_like(x) if mask is None else mask,
         on_step=(lambda event: None) if events else None,
     )
     ticket = scheduler.enqueue(job)
@@ -82,6 +84,26 @@ def test_the_elbo_rises_with_the_steps_and_stays(iterative, digits):
     trace = np.array(result.trace).mean(0)
     assert trace[0] < trace[1] < trace[2] < trace[5]
     assert trace[STEPS] > trace[5] - 0.2
+
+
+def hidden(kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Masks of so many digits."""
+    if kind.endswith("of pixels"):
+        return (np.random.default_rng(3).random(shape) < float(kind.split(maxsplit=1)[0])).astype(np.float32)
+    mask = np.ones((shape[0], 28, 28), np.float32)
+    mask[:, 14:] = 0
+    return mask.reshape(shape)
+
+
+@pytest.mark.parametrize("kind", ["0.5 of pixels", "0.1 of pixels", "the upper half"])
+def test_of_a_digit_with_a_part_hidden_too_every_step_says_more_and_none_runs_away(iterative, digits, kind):
+    """A refiner that has never seen a mask has an ELBO of minus millions here after a few steps."""
+    x = digits[:100]
+    trace = np.mean(serve(iterative, x, STEPS, SAMPLES, mask=hidden(kind, x.shape)).trace, axis=0)
+    assert trace[1] < trace[2] < trace[5]
+    assert trace[5:].min() > trace[5] - 1
+    whole = np.mean(serve(iterative, x, 5, SAMPLES).trace, axis=0)
+    assert trace[5] > whole[5] + 20, "there is less to say"
 
 
 @pytest.mark.parametrize("events", [False, True], ids=["plain replies", "the best of events"])

@@ -29,7 +29,7 @@ from training.config import RunConfig
 from training.data.binarise import observe
 from training.evaluate import BINARISE_SEED, MEASURE_SEED, REFINE_SEED, measured
 from training.export_files import ExportError, copy_files, new_version
-from training.quantise import NotQuantisable, to_int8
+from training.quantise import NotQuantisable, in_float32, to_int8
 from training.step import fresh_noise
 
 CHOOSING = ("init", "step")
@@ -57,7 +57,7 @@ def offer_int8(
     generator = torch.Generator().manual_seed(BINARISE_SEED)
     x = observe(torch.as_tensor(images.valid[:rows]), images.kind, run.architecture.generative.likelihood, generator)
     plain = {program: card.programs[program].files["onnx"] for program in CHOOSING if program in card.programs}
-    float32, int8 = (nats(card, runners_of(folder, card, each), model, x, samples) for each in (plain, plain | files))
+    float32, int8 = (nats(card, runners_of(folder, card, each, exact=True), model, x, samples) for each in (plain, plain | files))
     cost = (float32 - int8).double()
     if not float(cost.mean()) <= MAX_COST_NATS:
         raise ExportError(f"int8 costs {float(cost.mean()):.3f} nats on {len(x)} validation rows, more than {MAX_COST_NATS}: not offered")
@@ -107,18 +107,28 @@ def refined(card: Card, runners: Mapping[str, Runner], x: Tensor, generator: tor
     return as_posterior([torch.from_numpy(arrays[name]) for name in names])
 
 
-def runners_of(folder: Path, card: Card, files: Mapping[str, str]) -> dict[str, Runner]:
-    """Programs in ONNX Runtime from their files in `folder`, with as many threads as torch has."""
-    return {program: _runner(folder / file, card, program) for program, file in files.items()}
+def runners_of(folder: Path, card: Card, files: Mapping[str, str], exact: bool = False) -> dict[str, Runner]:
+    """Programs in ONNX Runtime from their files in `folder`, with as many threads as torch has.
+
+    exact: products of int8 as they are meant, also on a processor where they saturate.
+    """
+    return {program: _runner(folder / file, card, program, exact) for program, file in files.items()}
 
 
-def _runner(file: Path, card: Card, program: str) -> Runner:
+def _runner(file: Path, card: Card, program: str, exact: bool) -> Runner:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    if exact:
+        proto = onnx.load(str(file), load_external_data=False)
+        in_float32(proto)
+        file = file.with_suffix(".exact")  # beside the weights that it points to
+        file.write_bytes(proto.SerializeToString())
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    if exact:
+        file.unlink()
     spec, names = card.programs[program], [node.name for node in session.get_inputs()]
 
     def run(arrays: Arrays) -> Arrays:

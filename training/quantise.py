@@ -69,6 +69,29 @@ class Int8Graph:
         return self._weights[name]
 
 
+def in_float32(proto: Any) -> None:
+    """Rewrites the int8 products of `proto` in place as float32's, which are exact up to sums of 2²⁴ (K = 1,040): what a processor computes
+    that neither saturates nor rounds, on any processor, slowly."""
+    nodes = []
+    for node in proto.graph.node:
+        if node.op_type != "MatMulIntegerToFloat":
+            nodes.append(node)
+            continue
+        values, weights, _, worth, zero = node.input
+        name = node.output[0]
+        steps = [
+            ("Cast", [values], {"to": TensorProto.FLOAT}),
+            ("Cast", [zero], {"to": TensorProto.FLOAT}),
+            ("Sub", [f"{name}_0", f"{name}_1"], {}),
+            ("Cast", [weights], {"to": TensorProto.FLOAT}),
+            ("MatMul", [f"{name}_2", f"{name}_3"], {}),
+        ]
+        nodes += [helper.make_node(op, inputs, [f"{name}_{i}"], **attributes) for i, (op, inputs, attributes) in enumerate(steps)]
+        nodes.append(helper.make_node("Mul", [f"{name}_4", worth], [name]))
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
 def per_row(graph: Int8Graph, name: str) -> tuple[str, str]:
     """Each row by its own largest magnitude, (R, K) and (R, 1). A row that holds a NaN has one for its scale, so its products are NaN."""
     rows = graph.constant("rows", np.array([-1]))

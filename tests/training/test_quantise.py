@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.int8 import needs_exact_int8
-from training.quantise import NotQuantisable, to_int8
+from training.quantise import NotQuantisable, in_float32, to_int8
 
 ROWS, WIDTH, COLUMNS = 6, 37, 19
 RNG = np.random.default_rng(0)
@@ -48,6 +48,17 @@ def test_a_product_is_that_of_rows_and_columns_rounded_by_their_own_scales(bias:
     assert {node.op_type for node in proto.graph.node}.isdisjoint({"MatMul", "Gemm"})
     y, back = run(proto, A)
     expected = product(A, W.T) + (B if bias else 0)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(back, product(y, W), rtol=1e-5, atol=1e-6 * np.abs(back).max())
+
+
+def test_the_exact_form_is_what_was_meant_on_any_processor() -> None:
+    proto = program()
+    to_int8(proto)
+    in_float32(proto)
+    assert not any(node.op_type.startswith("MatMulInteger") for node in proto.graph.node)
+    y, back = run(proto, A)
+    expected = product(A, W.T) + B
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
     np.testing.assert_allclose(back, product(y, W), rtol=1e-5, atol=1e-6 * np.abs(back).max())
 
