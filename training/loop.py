@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from training.data.batches import Batches
 from training.data.binarise import observe
 from training.data.images import Images
 from training.data.masks import random_masks
+from training.own_data import called
 from training.run_loop import RunLoop, TrainingFailed
 from training.step import Seen, fresh_noise
 from training.update import Gradients
@@ -110,9 +112,10 @@ def take_weights(model: LatentModel, run: RunConfig, folder: Path) -> int:
     try:
         parent, parent_run, facts = load_static(folder)
     except CheckpointError as exc:
+        what = exc if folder.exists() else f"there is no {folder}"
         raise TrainingFailed(
-            f"{run.name} begins with the weights of the run {run.parent}, which is looked for beside --output: {exc}. "
-            f"Train {run.parent} first (with the same --on, if any), or let --output lie beside it"
+            f"{run.name} begins with the weights of the run {run.parent}, looked for beside --output: {what}. "
+            f"First comes `elbow-train train {_command(run)}`; or let --output lie beside it"
         ) from exc
     wanted, given = ({name: tuple(value.shape) for name, value in each.state_dict().items()} for each in (model, parent))
     if wanted != given:
@@ -123,6 +126,16 @@ def take_weights(model: LatentModel, run: RunConfig, folder: Path) -> int:
         )
     model.load_state_dict(parent.state_dict())
     return int(facts["epoch"])
+
+
+def _command(run: RunConfig) -> str:
+    """What `elbow-train train` is given to train the run's parent."""
+    from training.runs import RUNS
+
+    for name in RUNS:
+        if run.parent == called(name, run.data.name):
+            return f"{name} --on {shlex.quote(run.data.name)}"
+    return str(run.parent)
 
 
 def means(trace: list[Seen]) -> dict[str, Tensor]:

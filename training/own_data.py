@@ -56,9 +56,9 @@ def on_images(run: RunConfig, name: str, root: str | None = None, size: tuple[in
     if data == run.data:
         return run, images
     generative = replace(run.architecture.generative, x_size=images.shape[0] * images.shape[1])
-    parent = None if run.parent is None else _called(run.parent, data.name)
+    parent = None if run.parent is None else called(run.parent, data.name)
     architecture = replace(run.architecture, generative=generative)
-    run = replace(run, name=_called(run.name, data.name), data=data, architecture=architecture, parent=parent)
+    run = replace(run, name=called(run.name, data.name), data=data, architecture=architecture, parent=parent)
     # how many rows of a published set are enough says nothing of one's own
     return (replace(run, train_rows=None, validation_rows=None) if ":" in name else run), images
 
@@ -96,7 +96,7 @@ def on_sequences(
     if data == run.data:
         return run, sequences
     architecture = replace(run.architecture, generative=replace(run.architecture.generative, x_size=sequences.size))
-    return replace(run, name=_called(run.name, data.name), data=data, architecture=architecture), sequences
+    return replace(run, name=called(run.name, data.name), data=data, architecture=architecture), sequences
 
 
 def _refuse_other_kind(run: SequenceRunConfig, name: str, sequences: Sequences) -> None:
@@ -114,7 +114,7 @@ def _absolute(name: str) -> str:
     return f"{scheme}:{Path(path).expanduser().resolve()}" if colon else name
 
 
-def _called(run: str, data: str) -> str:
+def called(run: str, data: str) -> str:
     """The name of `run` on `data`, by which its folder is called unless another is given."""
     scheme, colon, path = data.partition(":")
     called = Path(path).stem if colon else scheme

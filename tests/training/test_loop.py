@@ -234,7 +234,7 @@ def test_a_last_line_of_the_log_cut_short_is_dropped_on_resume(uninterrupted: Pa
 
 def test_a_parent_that_is_missing_or_of_another_size_is_named(tiny_run: RunConfig, tmp_path: Path) -> None:
     child = replace(tiny_run, name="child", parent="first")
-    with pytest.raises(TrainingFailed, match=r"weights of the run first, .* beside --output: .*/first: .*Train first first"):
+    with pytest.raises(TrainingFailed, match=r"weights of the run first, .* beside --output: there is no .*/first\. First .*train first`"):
         trainer(child, tmp_path / "child")
     small = replace(tiny_run, name="small", architecture=replace(tiny_run.architecture, generative=VAEArchitecture(784, 3, (16,))))
     save_weights(tmp_path / "first", build(small.architecture, seed=0), small, {"epoch": 1})

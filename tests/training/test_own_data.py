@@ -193,8 +193,10 @@ def test_images_that_changed_are_said_to_have_changed(tmp_path: Path, capsys: py
     assert not Path("served").exists()
 
 
-def test_a_later_phase_goes_on_from_the_earlier_one_on_the_same_set(tmp_path: Path) -> None:
+def test_a_later_phase_goes_on_from_the_earlier_one_on_the_same_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path / "mine")
+    assert main(["train", "later", "--on", "folder:mine"]) == 1
+    assert f"First comes `elbow-train train tiny --on folder:{tmp_path / 'mine'}`" in capsys.readouterr().err
     assert main(["train", "tiny", "--on", "folder:mine"]) == 0
     assert main(["train", "later", "--on", "folder:mine"]) == 0
     assert saved(Path("runs/later-mine"))["parent"] == "tiny-mine"
