@@ -13,18 +13,25 @@ Every file is written beside its place and moved there, so a kill at any moment 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
 
 from models.artifact import CARD, WEIGHTS, Artifact
 from models.catalogue import FILTERS, FilterModel, LatentModel, build, build_filter
 from training.config import RunConfig
+from training.data.errors import reason
+from training.data.images import Images
+from training.data.same import refuse_other_data
+from training.data.sequences import Sequences
 from training.sequence_config import SequenceRunConfig
 
 Loaded = tuple[LatentModel, RunConfig, dict[str, Any]] | tuple[FilterModel, SequenceRunConfig, dict[str, Any]]
@@ -68,16 +75,23 @@ def load_weights(folder: Path) -> Loaded:
     Args:
         folder: one that `save_weights` wrote; or a run's folder (then its `best`, else its `final`); or an exported artifact.
 
+    Returns:
+        The model, its run, and the facts that were saved with it; `weights_sha256` besides.
+
     Raises:
-        CheckpointError: there is none. ArtifactError: the artifact is not whole.
+        CheckpointError: there is none, or it is damaged or of another version. ArtifactError: the artifact is not whole.
     """
     if (folder / CARD).exists():
         provenance = Artifact.open(folder).card.provenance
-        return _rebuild(folder, provenance["run"], {"epoch": provenance.get("epoch")})
+        data_sha256 = provenance.get("data", {}).get("sha256")
+        return _rebuild(folder, {"run": provenance.get("run"), "epoch": provenance.get("epoch"), "data_sha256": data_sha256})
     for candidate in (folder, folder / "best", folder / "final"):
         if (candidate / "checkpoint.json").exists() and (candidate / WEIGHTS).exists():
-            facts = json.loads((candidate / "checkpoint.json").read_text())
-            return _rebuild(candidate, facts.pop("run"), facts)
+            try:
+                facts = dict(json.loads((candidate / "checkpoint.json").read_text()))
+            except (ValueError, TypeError) as exc:
+                raise CheckpointError(f"{candidate / 'checkpoint.json'}: damaged: {reason(exc)}") from exc
+            return _rebuild(candidate, facts)
     raise CheckpointError(f"{folder}: no checkpoint here (checkpoint.json, {WEIGHTS}): train one with `elbow-train train`")
 
 
@@ -105,8 +119,37 @@ def load_filter(folder: Path) -> tuple[FilterModel, SequenceRunConfig, dict[str,
     return model, run, facts
 
 
-def _rebuild(folder: Path, run: Mapping[str, Any], facts: dict[str, Any]) -> Loaded:
-    weights = load_file(folder / WEIGHTS)
+@overload
+def data_of(run: RunConfig, facts: Mapping[str, Any], root: str | None = None) -> Images: ...
+@overload
+def data_of(run: SequenceRunConfig, facts: Mapping[str, Any], root: str | None = None) -> Sequences: ...
+def data_of(run: RunConfig | SequenceRunConfig, facts: Mapping[str, Any], root: str | None = None) -> Images | Sequences:
+    """The data of a checkpoint's run, if they are those that it was trained on; `facts` as `load_weights` gives them.
+
+    Raises:
+        DataError: they are others, or cannot be read.
+    """
+    data = run.data.load(root)
+    refuse_other_data(run.name, run.data.name, facts.get("data_sha256"), data.sha256)
+    return data
+
+
+def _rebuild(folder: Path, facts: dict[str, Any]) -> Loaded:
+    # read once, so that the sha256 is that of these weights even where a run goes on meanwhile
+    content = (folder / WEIGHTS).read_bytes()
+    facts["weights_sha256"] = hashlib.sha256(content).hexdigest()
+    try:
+        return _around(load(content), facts.pop("run"), facts)
+    except SafetensorError as exc:
+        raise CheckpointError(f"{folder / WEIGHTS}: damaged: {reason(exc)}") from exc
+    except (LookupError, TypeError, ValueError, AttributeError) as exc:
+        raise CheckpointError(f"{folder}: the run of this checkpoint is of another version of Elbow, or damaged: {reason(exc)}") from exc
+    except RuntimeError as exc:
+        first = " ".join(str(exc).split())[:200]
+        raise CheckpointError(f"{folder}: the weights are not those of the run beside them: {first}") from exc
+
+
+def _around(weights: Mapping[str, Tensor], run: Mapping[str, Any], facts: dict[str, Any]) -> Loaded:
     if run["architecture"]["generative"]["kind"] in FILTERS:
         sequence_run = SequenceRunConfig.from_dict(run)
         filters = build_filter(sequence_run.architecture)

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,8 +25,10 @@ from models.generative.base import Generative
 from models.inference.base import Context
 from models.objective import Noise, elbo, importance_log_px, log_weights
 from models.refinement import refine_once, steps
+from training.checkpoint import data_of
 from training.config import RunConfig
 from training.data.binarise import observe
+from training.records import write_json
 from training.step import fresh_noise
 
 BINARISE_SEED, REFINE_SEED, MEASURE_SEED = 1, 2, 3
@@ -38,7 +39,7 @@ ADAM_RATES = (0.05, 0.01)
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to spend: rows and samples of each figure."""
+    """How much to spend: rows and samples of each figure. Without importance or gap rows that figure is left out."""
 
     rows: int = 5000
     samples: int = 20
@@ -52,7 +53,13 @@ class Effort:
 
 @dataclass
 class Evaluation:
-    """The figures of one checkpoint. `elbo[k]` belongs to `steps[k]`; `std` is over rows, `error` the standard error of the mean."""
+    """The figures of one checkpoint, None where there is none to give.
+
+    Attributes:
+        elbo: `elbo[k]` belongs to `steps[k]`; `std` is over rows, `error` the standard error of the mean: None of a single row.
+        rows: of `elbo`. importance_rows, gap_rows, seed_rows: of `log_px`, of `optimum` and `gap`, of `seed_spread`; 0 = left out.
+        facts: what was measured: epoch and sha256 of the weights, name and sha256 of the data.
+    """
 
     name: str
     epochs: int
@@ -60,18 +67,20 @@ class Evaluation:
     samples: int
     steps: list[int]
     elbo: list[float]
-    elbo_std: list[float]
-    elbo_error: list[float]
+    elbo_std: list[float | None]
+    elbo_error: list[float | None]
     trained_steps: int
-    log_px: float = float("nan")
-    log_px_error: float = float("nan")
+    log_px: float | None = None
+    log_px_error: float | None = None
     importance_rows: int = 0
     importance_samples: int = 0
-    optimum: float = float("nan")
+    optimum: float | None = None
     gap_rows: int = 0
     gap: dict[str, float] = field(default_factory=dict)
-    seed_spread: float = float("nan")
-    step_ms: float = float("nan")
+    seed_spread: float | None = None
+    seed_rows: int = 0
+    step_ms: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -200,43 +209,59 @@ def optimum(
 def evaluate(
     model: LatentModel, run: RunConfig, facts: dict[str, Any], effort: Effort, data_root: str | None, quiet: bool = False
 ) -> Evaluation:
-    """Everything, on the validation rows of the run's data set: for a Bernoulli drawn once, by a fixed seed, for every model."""
-    images = run.data.load(data_root)
+    """Everything, on the validation rows of the run's data set: for a Bernoulli drawn once, by a fixed seed, for every model.
+
+    Raises:
+        DataError: the data are not those that the checkpoint was trained on (`facts`).
+    """
+    images = data_of(run, facts, data_root)
     device = next(model.parameters()).device
     pixels = torch.as_tensor(images.valid[: effort.rows]).to(device)
     x = observe(pixels, images.kind, run.architecture.generative.likelihood, _generator(pixels, BINARISE_SEED))
     measure = Evaluator(model, run, x, quiet=quiet)
     values = measure.curve(effort.rows, effort.samples, CURVE_STEPS)
-    log_px = measure.log_px(effort.importance_rows, effort.importance_samples)
-    optimum_elbo, gap = measure.amortization_gap(effort.gap_rows, effort.gap_samples)
-    mean, std = values.mean(0), values.std(0)
+    log_px = measure.log_px(effort.importance_rows, effort.importance_samples) if effort.importance_rows else None
+    optimum_elbo, gap = measure.amortization_gap(effort.gap_rows, effort.gap_samples) if effort.gap_rows else (None, {})
+    std = [_std(column) for column in values.T]
     return Evaluation(
         name=run.name,
-        epochs=int(facts.get("epoch", 0)),
+        epochs=int(facts.get("epoch") or 0),
         rows=len(x),
         samples=effort.samples,
         steps=list(CURVE_STEPS) if measure.refines else [0],
-        elbo=mean.tolist(),
-        elbo_std=std.tolist(),
-        elbo_error=(std / len(x) ** 0.5).tolist(),
+        elbo=values.mean(0).tolist(),
+        elbo_std=std,
+        elbo_error=[_error(value, len(x)) for value in std],
         trained_steps=run.refinement.steps if measure.refines else 0,
-        log_px=float(log_px.mean()),
-        log_px_error=float(log_px.std() / len(log_px) ** 0.5),
-        importance_rows=len(log_px),
-        importance_samples=effort.importance_samples,
+        log_px=None if log_px is None else float(log_px.mean()),
+        log_px_error=None if log_px is None else _error(_std(log_px), len(log_px)),
+        importance_rows=0 if log_px is None else len(log_px),
+        importance_samples=0 if log_px is None else effort.importance_samples,
         optimum=optimum_elbo,
         gap_rows=min(effort.gap_rows, len(x)),
         gap=gap,
         seed_spread=measure.seed_spread(effort.seed_rows, effort.seeds) if measure.refines else 0.0,
-        step_ms=measure.step_ms() if measure.refines else float("nan"),
+        seed_rows=min(effort.seed_rows, len(x)) if measure.refines else 0,
+        step_ms=measure.step_ms() if measure.refines else None,
+        facts={
+            **{name: facts[name] for name in ("epoch", "weights_sha256") if name in facts},
+            "data": images.name,
+            "data_sha256": images.sha256,
+        },
     )
+
+
+def _std(values: Tensor) -> float | None:
+    return float(values.std()) if len(values) > 1 else None
+
+
+def _error(std: float | None, rows: int) -> float | None:
+    return None if std is None else std / rows**0.5
 
 
 def save(evaluation: Evaluation, folder: Path) -> Path:
     """Writes evaluation.json beside the weights it is about."""
-    file = folder / "evaluation.json"
-    file.write_text(json.dumps(asdict(evaluation), indent=1) + "\n")
-    return file
+    return write_json(folder / "evaluation.json", asdict(evaluation))
 
 
 def table(evaluations: Sequence[Evaluation]) -> str:
@@ -245,11 +270,11 @@ def table(evaluations: Sequence[Evaluation]) -> str:
     lines = [("", *(e.name for e in evaluations)), ("epochs", *(str(e.epochs) for e in evaluations))]
     lines += [(f"ELBO, {k} step{'s' if k != 1 else ''}", *(_at(e, k) for e in evaluations)) for k in wanted]
     lines += [
-        ("log p(x) (rows)", *(f"{e.log_px:.2f} ± {e.log_px_error:.2f} ({e.importance_rows})" for e in evaluations)),
-        ("optimum (rows)", *(f"{e.optimum:.2f} ({e.gap_rows})" for e in evaluations)),
-        ("amortization gap", *("; ".join(f"{k} steps {v:.2f}" for k, v in e.gap.items()) for e in evaluations)),
-        ("std over seeds", *(f"{e.seed_spread:.2f}" for e in evaluations)),
-        ("ms a step, 64 rows, eager", *(f"{e.step_ms:.1f}" for e in evaluations)),
+        ("log p(x) (rows)", *(_rows(_mean(e.log_px, e.log_px_error), e.importance_rows) for e in evaluations)),
+        ("optimum (rows)", *(_rows(_number(e.optimum), e.gap_rows) for e in evaluations)),
+        ("amortization gap", *("; ".join(f"{k} steps {v:.2f}" for k, v in e.gap.items()) or "-" for e in evaluations)),
+        ("std over seeds", *(_number(e.seed_spread) for e in evaluations)),
+        ("ms a step, 64 rows, eager", *("-" if e.step_ms is None else f"{e.step_ms:.1f}" for e in evaluations)),
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     head = f"{evaluations[0].rows} validation rows, {evaluations[0].samples} fresh samples a row; nats per row, mean ± standard error"
@@ -260,7 +285,19 @@ def _at(evaluation: Evaluation, step: int) -> str:
     if step not in evaluation.steps:
         return "-"
     i = evaluation.steps.index(step)
-    return f"{evaluation.elbo[i]:.2f} ± {evaluation.elbo_error[i]:.2f}"
+    return _mean(evaluation.elbo[i], evaluation.elbo_error[i])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _mean(value: float | None, error: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} ± {_number(error)}"
+
+
+def _rows(value: str, rows: int) -> str:
+    return f"{value} ({rows})" if rows else value
 
 
 def _generator(like: Tensor, seed: int) -> torch.Generator:

@@ -11,7 +11,6 @@ B sequences, T frames, K steps, N particles, D latent size.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,9 +24,11 @@ from models.architecture import FilterArchitecture, SRNNArchitecture, VRNNArchit
 from models.catalogue import FilterModel, build_filter
 from models.filtering import filter_sequence, random_noise
 from models.generative.filter import FilterState
+from training.checkpoint import data_of
 from training.data.errors import DataError
 from training.data.sequence_batches import ResidentSequences, evaluation_batches
 from training.filter_bounds import amortization_gap, fivo_bound
+from training.records import write_json
 from training.sequence_config import SequenceRunConfig
 
 SEED = 5
@@ -64,13 +65,14 @@ class Nats:
     Attributes:
         frames, sequences: first frame scored; frames weighted alike, sequences weighted alike.
         later_frames, later_sequences: first frame only initialising, divided by the frames scored.
+            None, both, where every sequence has one frame only.
         published: first frame only initialising, divided by T, sequences weighted alike (Marino 2018's code).
     """
 
     frames: float
     sequences: float
-    later_frames: float
-    later_sequences: float
+    later_frames: float | None
+    later_sequences: float | None
     published: float
 
     @staticmethod
@@ -84,8 +86,8 @@ class Nats:
         return Nats(
             frames=float(totals.sum() / lengths.sum()),
             sequences=float((totals / lengths).mean()),
-            later_frames=float(later.sum() / scored.sum()),
-            later_sequences=float((later[longer] / scored[longer]).mean()),
+            later_frames=float(later.sum() / scored.sum()) if longer.any() else None,
+            later_sequences=float((later[longer] / scored[longer]).mean()) if longer.any() else None,
             published=float((later / lengths).mean()),
         )
 
@@ -114,7 +116,9 @@ class FilterEvaluation:
         spread: standard deviation of elbo.frames over evaluation seeds.
         bound: FIVO per frame with `particles` particles, and the one-sample ELBO of the same sequences.
         quantised: by mass, where the likelihood is a density.
+        bound_sequences, gap_sequences: of how many sequences these two are, 0 where there is no gap.
         gap: mean amortization gap per frame (training/filter_bounds.py).
+        facts: what was measured: epoch and sha256 of the weights, name and sha256 of the data.
     """
 
     name: str
@@ -130,7 +134,9 @@ class FilterEvaluation:
     bound: float
     bound_elbo: float
     particles: int
+    bound_sequences: int = 0
     gap: float | None = None
+    gap_sequences: int = 0
     quantised: Nats | None = None
     other_steps: dict[str, Nats] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -204,10 +210,10 @@ def evaluate_filter(
     """Measures a checkpoint on a split of its own data.
 
     Raises:
-        DataError: the data set has no such split.
+        DataError: the data set has no such split, or is not the one that the checkpoint was trained on (`facts`).
     """
     effort = effort or FilterEffort()
-    sequences = run.data.load(data_root)
+    sequences = data_of(run, facts, data_root)
     if split not in sequences.splits:
         raise DataError(f"--split {split}: {run.data.name} keeps {', '.join(sequences.splits)}")
     part = sequences.splits[split]
@@ -216,6 +222,7 @@ def evaluate_filter(
     filtered = measure.filtered()
     means = [filtered.nats.frames, *(measure.filtered(SEED + i).nats.frames for i in range(1, effort.seeds))]
     bound, bounded = measure.bound()
+    gap = measure.gap() if measure.refines and effort.gap_frames else None
     density = getattr(run.architecture.generative, "likelihood", None) == "gaussian"
     return FilterEvaluation(
         name=run.name,
@@ -231,10 +238,16 @@ def evaluate_filter(
         bound=bound,
         bound_elbo=Nats.of(filtered.elbo[:bounded], filtered.mask[:bounded]).frames,
         particles=effort.particles,
-        gap=measure.gap() if measure.refines and effort.gap_frames else None,
+        bound_sequences=bounded,
+        gap=gap,
+        gap_sequences=0 if gap is None else min(effort.gap_sequences, len(resident)),
         quantised=FilterEvaluator(by_mass(model, run), run, resident, effort, quiet).filtered().nats if density else None,
         other_steps={str(k): measure.filtered(steps=k).nats for k in effort.steps if measure.refines and k != measure.steps},
-        facts={"data": sequences.name, "data_sha256": sequences.sha256},
+        facts={
+            **{name: facts[name] for name in ("epoch", "weights_sha256") if name in facts},
+            "data": sequences.name,
+            "data_sha256": sequences.sha256,
+        },
     )
 
 
@@ -250,8 +263,7 @@ def by_mass(model: FilterModel, run: SequenceRunConfig) -> FilterModel:
 def save(evaluation: FilterEvaluation, folder: Path) -> Path:
     """Writes evaluation.json (of the validation split) or evaluation-<split>.json beside the checkpoint."""
     name = "evaluation.json" if evaluation.split == "valid" else f"evaluation-{evaluation.split}.json"
-    (folder / name).write_text(json.dumps(asdict(evaluation), indent=1) + "\n")
-    return folder / name
+    return write_json(folder / name, asdict(evaluation))
 
 
 def table(evaluations: Sequence[FilterEvaluation]) -> str:
@@ -263,8 +275,8 @@ def table(evaluations: Sequence[FilterEvaluation]) -> str:
         ("frames, sequences", [f"{e.frames}, {e.sequences}" for e in evaluations]),
         ("frames alike", [f"{-e.elbo.frames:.3f} ± {e.spread:.3f}" for e in evaluations]),
         ("sequences alike", [f"{-e.elbo.sequences:.3f}" for e in evaluations]),
-        ("first frame unscored, frames", [f"{-e.elbo.later_frames:.3f}" for e in evaluations]),
-        ("first frame unscored, sequences", [f"{-e.elbo.later_sequences:.3f}" for e in evaluations]),
+        ("first frame unscored, frames", [_free(e.elbo.later_frames) for e in evaluations]),
+        ("first frame unscored, sequences", [_free(e.elbo.later_sequences) for e in evaluations]),
         ("as published (over T, T − 1 scored)", [f"{-e.elbo.published:.3f}" for e in evaluations]),
         ("KL", [f"{e.kl:.3f}" for e in evaluations]),
         ("after 0 … K steps", [" ".join(f"{-value:.3f}" for value in e.trace) for e in evaluations]),
@@ -279,6 +291,10 @@ def table(evaluations: Sequence[FilterEvaluation]) -> str:
     head = f"{'free energy, nats per frame':{width}}  " + "  ".join(f"{e.name:>{c}}" for e, c in zip(evaluations, columns, strict=True))
     lines = [f"{name:{width}}  " + "  ".join(f"{cell:>{c}}" for cell, c in zip(cells, columns, strict=True)) for name, cells in rows]
     return "\n".join([head, *lines])
+
+
+def _free(elbo: float | None) -> str:
+    return "—" if elbo is None else f"{-elbo:.3f}"
 
 
 def _other(evaluation: FilterEvaluation, steps: str) -> str:

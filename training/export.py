@@ -7,7 +7,8 @@ eager model on real rows, and an artifact that disagrees is not written.
 from __future__ import annotations
 
 import json
-import subprocess
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from models.architecture import FilterArchitecture, SRNNArchitecture, VRNNArchit
 from models.artifact import Card, Signer, write_card, write_reference
 from models.catalogue import FilterModel, LatentModel, build_filter
 from training.checkpoint import load_weights
+from training.commit import git
 from training.config import RunConfig
-from training.export_files import Description, ExportError, check_parity, new_version, program_spec, write_programs
+from training.export_files import Description, ExportError, check_parity, check_version, new_version, program_spec, write_programs
 from training.export_filter import describe_filter
 from training.export_static import describe_static
 from training.precision import offer_int8
@@ -48,17 +50,19 @@ def export(
         int8: offer int8 beside float32 (training/precision.py).
 
     Raises:
-        ExportError: a program's TorchScript or ONNX form disagrees with the float64 model, the likelihood does not fit, or int8 costs
-            too much.
+        ExportError: a program's TorchScript or ONNX form disagrees with the float64 model, the likelihood does not fit, int8 costs
+            too much, or name or version is none.
+        DataError: the data are not those that the checkpoint was trained on.
         FileExistsError: that version is there already: versions never change.
     """
+    check_version(repository, name, version)
+    model, run, facts = load_weights(checkpoint)
+    if likelihood is not None:
+        model, run = _with_likelihood(model, run, likelihood)
+    if int8 and not isinstance(model, LatentModel):
+        raise ExportError("--int8: a filter's frame measures in the program in which it chooses: only static models have int8")
+    described = _describe(model, run, facts, rows, samples, data_root, quiet)
     with new_version(repository, name, version) as (partial, target):
-        model, run, facts = load_weights(checkpoint)
-        if likelihood is not None:
-            model, run = _with_likelihood(model, run, likelihood)
-        if int8 and not isinstance(model, LatentModel):
-            raise ExportError("--int8: a filter's frame measures in the program in which it chooses: only static models have int8")
-        described = _describe(model, run, rows, samples, data_root, quiet)
         write_programs(partial, model, described.programs, described.constants)
         write_reference(partial, described.reference)
         check_parity(partial, described.programs, described.reference)
@@ -71,14 +75,14 @@ def export(
             samples=run.refinement.samples,
             antithetic=run.refinement.antithetic,
             programs={name: program_spec(name, program) for name, program in described.programs.items()},
-            metrics=_metrics(checkpoint),
+            metrics=_metrics(checkpoint, facts),
             provenance=_provenance(run, facts, described),
             **described.card,
         )
         if int8:
             assert isinstance(model, LatentModel)
             assert isinstance(run, RunConfig)
-            card = offer_int8(partial, card, model, run, rows=rows, samples=samples, data_root=data_root)
+            card = offer_int8(partial, card, model, run, rows=rows, samples=samples, data_root=data_root, facts=facts)
         write_card(partial, card, signer)
     return target
 
@@ -86,6 +90,7 @@ def export(
 def _describe(
     model: LatentModel | FilterModel,
     run: RunConfig | SequenceRunConfig,
+    facts: Mapping[str, Any],
     rows: int,
     samples: int,
     data_root: str | None,
@@ -93,9 +98,9 @@ def _describe(
 ) -> Description:
     if isinstance(model, FilterModel):
         assert isinstance(run, SequenceRunConfig)
-        return describe_filter(model, run, rows, data_root)
+        return describe_filter(model, run, rows, data_root, facts)
     assert isinstance(run, RunConfig)
-    return describe_static(model, run, rows, samples, data_root, quiet)
+    return describe_static(model, run, rows, samples, data_root, quiet, facts)
 
 
 def _with_likelihood(
@@ -117,21 +122,32 @@ def _with_likelihood(
     return changed.eval().requires_grad_(False), replace(run, architecture=architecture)
 
 
-def _metrics(checkpoint: Path) -> dict[str, float]:
-    evaluation = checkpoint / "evaluation.json"
-    known = json.loads(evaluation.read_text()) if evaluation.exists() else {}
-    return {key: float(known[key]) for key in ("log_px", "optimum", "seed_spread") if key in known}
+def _metrics(checkpoint: Path, facts: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of evaluation.json, if they are of these weights; else says so on stderr."""
+    file = checkpoint / "evaluation.json"
+    if not file.exists():
+        return {}
+    try:
+        known = json.loads(file.read_text())
+        figures = {key: float(known[key]) for key in ("log_px", "optimum", "seed_spread") if known.get(key) is not None}
+        measured = dict(known.get("facts", {}))
+    except (ValueError, TypeError, AttributeError):
+        print(f"{file}: not an evaluation: left out of the card", file=sys.stderr)
+        return {}
+    if figures and measured.get("weights_sha256") != facts["weights_sha256"]:
+        of = f"epoch {measured['epoch']}" if "epoch" in measured else "it does not say which"
+        print(f"{file}: not of the weights exported ({of}): its figures are left out of the card; evaluate them again", file=sys.stderr)
+        return {}
+    return {key: value for key, value in figures.items() if math.isfinite(value)}
 
 
 def _provenance(run: RunConfig | SequenceRunConfig, facts: Mapping[str, Any], described: Description) -> dict[str, Any]:
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     name, sha256 = described.data
     return {
-        "commit": commit or "unknown",
+        "commit": git("rev-parse", "HEAD") or "unknown",
         "seed": run.seed,
         "run": run.to_dict(),
         "epoch": facts.get("epoch"),
-        "data": {"name": name, "sha256": sha256},
+        "data": {"name": name, "sha256": facts.get("data_sha256") or sha256},
         "libraries": machine(),
     }

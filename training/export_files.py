@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.artifact import WEIGHTS, Arrays, Artifact, ProgramSpec, parity_error
+from models.artifact import NAME_PATTERN, WEIGHTS, Arrays, Artifact, ProgramSpec, parity_error
 from models.catalogue import FilterModel, LatentModel
 from models.programs import Program
 from training.tracing import safetensors_offsets, to_onnx, to_torchscript, trace, weight_attribute
@@ -46,23 +47,41 @@ class ExportError(Exception):
     """An exported program does not compute what the model computes."""
 
 
-@contextmanager
-def new_version(repository: Path, name: str, version: str) -> Iterator[tuple[Path, Path]]:
-    """A version's folder, written whole or not at all: gives (where to write, what it will be called at the end).
+def check_version(repository: Path, name: str, version: str) -> Path:
+    """The folder that a version will have.
 
     Raises:
-        FileExistsError: that version is there already.
+        ExportError: name or version is not one that a card may have. FileExistsError: that version is there already.
     """
+    for option, value in (("--name", name), ("--version", version)):
+        if not re.fullmatch(NAME_PATTERN, value):
+            raise ExportError(f"{option} {value!r}: letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 64")
     target = repository / name / version
     if target.exists():
         raise FileExistsError(f"{target} exists, and a version never changes: choose another version or repository")
+    return target
+
+
+@contextmanager
+def new_version(repository: Path, name: str, version: str) -> Iterator[tuple[Path, Path]]:
+    """A version's folder, written whole or not at all: gives (where to write, what it will be called at the end). If it fails, no folder
+    that it made is left.
+
+    Raises:
+        ExportError, FileExistsError: as `check_version`.
+    """
+    target = check_version(repository, name, version)
     partial = target.with_name(f".{version}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    made = [folder for folder in partial.parents if not folder.exists()]
     try:
+        partial.mkdir(parents=True)
         yield partial, target
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # another export may have put something there
+            for folder in made:
+                folder.rmdir()
         raise
     partial.rename(target)
 

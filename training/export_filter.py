@@ -6,6 +6,8 @@ B sequences, T frames, K steps, S samples, X entries per frame, D latent size.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from models.catalogue import FilterModel
 from models.filter_programs import FRAME, FilterPrograms, filter_programs
 from models.filtering import filter_sequence, random_noise
 from models.programs import level_names
+from training.checkpoint import data_of
 from training.data.ragged import Ragged
 from training.data.sequence_batches import ResidentSequences, evaluation_batches
 from training.data.sequences import Sequences
@@ -35,9 +38,15 @@ UNITS = {
 }
 
 
-def describe_filter(model: FilterModel, run: SequenceRunConfig, frames: int, data_root: str | None) -> Description:
-    """The programs of a sequence model, its first state, their reference, and its part of the card, measured on about `frames` frames."""
-    sequences = run.data.load(data_root)
+def describe_filter(
+    model: FilterModel, run: SequenceRunConfig, frames: int, data_root: str | None, facts: Mapping[str, Any] | None = None
+) -> Description:
+    """The programs of a sequence model, its first state, their reference, and its part of the card, measured on about `frames` frames.
+
+    Raises:
+        DataError: the data are not those of `facts`. ExportError: their sequences are too short.
+    """
+    sequences = data_of(run, facts or {}, data_root)
     served = filter_programs(model, run.refinement.steps)
     likelihood = getattr(run.architecture.generative, "likelihood", "gaussian")
     refines = model.inference.refines
@@ -58,7 +67,7 @@ def describe_filter(model: FilterModel, run: SequenceRunConfig, frames: int, dat
         "curve": Curve(
             steps=steps,
             elbo=tuple(float(v.mean()) for v in valid),
-            elbo_std=tuple(float(v.std()) for v in valid),
+            elbo_std=tuple(float(v.std(correction=min(1, len(v) - 1))) for v in valid),
             rows=len(valid[0]),
             samples=run.refinement.samples,
         ),

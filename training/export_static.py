@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from models.artifact import Arrays, Curve, LevelSpec, LikelihoodSpec, Quantiles,
 from models.catalogue import LatentModel
 from models.likelihood import LIKELIHOODS
 from models.programs import level_names, static_programs
+from training.checkpoint import data_of
 from training.config import RunConfig
 from training.data.binarise import observe
 from training.data.images import Images
@@ -28,9 +30,21 @@ PIXELS = {
 """By likelihood: units of nats, and what a pixel is."""
 
 
-def describe_static(model: LatentModel, run: RunConfig, rows: int, samples: int, data_root: str | None, quiet: bool) -> Description:
-    """The programs of a static model, their reference, and its part of the card; measured on `rows` rows of each split."""
-    images = run.data.load(data_root)
+def describe_static(
+    model: LatentModel,
+    run: RunConfig,
+    rows: int,
+    samples: int,
+    data_root: str | None,
+    quiet: bool,
+    facts: Mapping[str, Any] | None = None,
+) -> Description:
+    """The programs of a static model, their reference, and its part of the card; measured on `rows` rows of each split.
+
+    Raises:
+        DataError: the data are not those of `facts`.
+    """
+    images = data_of(run, facts or {}, data_root)
     served = static_programs(model)
     likelihood = run.architecture.generative.likelihood
     refines = model.inference.refines

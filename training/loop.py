@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch import Tensor
 from models.catalogue import LatentModel, build
 from models.objective import Noise, elbo
 from models.refinement import steps as refinement_states
-from training.checkpoint import load_static
+from training.checkpoint import CheckpointError, load_static
 from training.config import RunConfig
 from training.data.batches import Batches
 from training.data.binarise import observe
 from training.data.images import Images
 from training.data.masks import random_masks
-from training.run_loop import RunLoop
+from training.own_data import called
+from training.run_loop import RunLoop, TrainingFailed
 from training.step import Seen, fresh_noise
 from training.update import Gradients
 
@@ -26,7 +28,11 @@ VALIDATION_SEED = 20180723
 
 
 class Trainer(RunLoop):
-    """One run of a static model. `batches` gives the rows of each update; `images`: the run's data, where they are read already."""
+    """One run of a static model. `batches` gives the rows of each update; `images`: the run's data, where they are read already.
+
+    Raises:
+        TrainingFailed: the run that this one begins from is not there, or of another size.
+    """
 
     def __init__(self, run: RunConfig, folder: Path, fabric: Fabric, data_root: str | None = None, images: Images | None = None):
         self.run = run
@@ -34,9 +40,7 @@ class Trainer(RunLoop):
         self.static: LatentModel = build(run.architecture, seed=run.seed)
         before = 0
         if run.parent is not None:
-            parent, _, facts = load_static(folder.parent / run.parent)
-            self.static.load_state_dict(parent.state_dict())
-            before = int(facts["epoch"])
+            before = take_weights(self.static, run, folder.parent / run.parent)
         super().__init__(run, folder, fabric, self.static, self.images.sha256)
         self.epochs_before = before
         self.train_x = self._resident(self.images.train[: run.train_rows])
@@ -97,6 +101,41 @@ class Trainer(RunLoop):
                     measure = fresh_noise(sizes, len(x), 1, False, self.device, generator)
                     totals[k] += float(elbo(self.static.generative, state.q, x, mask, measure).elbo.sum())
         return [total / len(self.valid_x) for total in totals[: None if self.static.inference.refines else 1]]
+
+
+def take_weights(model: LatentModel, run: RunConfig, folder: Path) -> int:
+    """Gives the model the weights of the run's parent in `folder`; the epochs that they were trained for.
+
+    Raises:
+        TrainingFailed: there is no checkpoint in the folder, or one of other sizes.
+    """
+    try:
+        parent, parent_run, facts = load_static(folder)
+    except CheckpointError as exc:
+        what = exc if folder.exists() else f"there is no {folder}"
+        raise TrainingFailed(
+            f"{run.name} begins with the weights of the run {run.parent}, looked for beside --output: {what}. "
+            f"First comes `elbow-train train {_command(run)}`; or let --output lie beside it"
+        ) from exc
+    wanted, given = ({name: tuple(value.shape) for name, value in each.state_dict().items()} for each in (model, parent))
+    if wanted != given:
+        name = min(wanted.items() ^ given.items())[0]
+        raise TrainingFailed(
+            f"{run.name} begins with the weights of {parent_run.name} ({folder}), which has other sizes: {name} is "
+            f"{given.get(name, 'absent')} there, {wanted.get(name, 'absent')} in {run.name}"
+        )
+    model.load_state_dict(parent.state_dict())
+    return int(facts["epoch"])
+
+
+def _command(run: RunConfig) -> str:
+    """What `elbow-train train` is given to train the run's parent."""
+    from training.runs import RUNS
+
+    for name in RUNS:
+        if run.parent == called(name, run.data.name):
+            return f"{name} --on {shlex.quote(run.data.name)}"
+    return str(run.parent)
 
 
 def means(trace: list[Seen]) -> dict[str, Tensor]:

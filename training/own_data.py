@@ -17,15 +17,13 @@ from training.data.catalogue import CATALOGUE, is_images
 from training.data.catalogue import SCHEMES as IMAGE_SCHEMES
 from training.data.errors import DataError
 from training.data.images import Images
-from training.data.readers.folder import common_shape
+from training.data.readers.folder import own_shape
 from training.data.sequence_catalogue import SCHEMES, SEQUENCES, is_sequences
 from training.data.sequences import Sequences
 from training.sequence_config import SequenceRunConfig
 
 IMAGE_SETS = f"{', '.join(CATALOGUE)}, {IMAGE_SCHEMES}"
 SEQUENCE_SETS = f"{', '.join(SEQUENCES)}, {SCHEMES}"
-LARGEST = 64 * 64
-"""Pixels of the images of a folder that are taken as they are: a fully connected model of larger ones is seldom what is meant."""
 LIKELIHOODS = {"binary": ("bernoulli",), "audio": ("gaussian", "quantised_gaussian"), "real": ("gaussian",)}
 """Kind of sequences -> the likelihoods that fit them."""
 KINDS = {"binary": "piano rolls (as rolls:FILE, midi:FOLDER)", "audio": "recordings (as audio:FOLDER)", "real": "real numbers (as mocap35)"}
@@ -50,7 +48,7 @@ def on_images(run: RunConfig, name: str, root: str | None = None, size: tuple[in
     data = replace(run.data, name=_absolute(name))
     try:
         if name.startswith("folder:"):
-            data = replace(data, shape=size or _own_shape(data.name) or run.data.shape)
+            data = replace(data, shape=size or own_shape(Path(data.name.removeprefix("folder:"))) or run.data.shape)
         images = data.load(root)
     except DataError as exc:
         raise DataError(f"--on {name}: {exc}") from exc
@@ -58,9 +56,11 @@ def on_images(run: RunConfig, name: str, root: str | None = None, size: tuple[in
     if data == run.data:
         return run, images
     generative = replace(run.architecture.generative, x_size=images.shape[0] * images.shape[1])
-    parent = None if run.parent is None else _called(run.parent, data.name)
+    parent = None if run.parent is None else called(run.parent, data.name)
     architecture = replace(run.architecture, generative=generative)
-    return replace(run, name=_called(run.name, data.name), data=data, architecture=architecture, parent=parent), images
+    run = replace(run, name=called(run.name, data.name), data=data, architecture=architecture, parent=parent)
+    # how many rows of a published set are enough says nothing of one's own
+    return (replace(run, train_rows=None, validation_rows=None) if ":" in name else run), images
 
 
 def on_sequences(
@@ -96,7 +96,7 @@ def on_sequences(
     if data == run.data:
         return run, sequences
     architecture = replace(run.architecture, generative=replace(run.architecture.generative, x_size=sequences.size))
-    return replace(run, name=_called(run.name, data.name), data=data, architecture=architecture), sequences
+    return replace(run, name=called(run.name, data.name), data=data, architecture=architecture), sequences
 
 
 def _refuse_other_kind(run: SequenceRunConfig, name: str, sequences: Sequences) -> None:
@@ -108,18 +108,13 @@ def _refuse_other_kind(run: SequenceRunConfig, name: str, sequences: Sequences) 
         raise DataError(f"--on {name}: {these}, and the {likelihood} of {run.name} is for {wanted}: choose such a set, or another run")
 
 
-def _own_shape(name: str) -> tuple[int, int] | None:
-    shape = common_shape(Path(name.removeprefix("folder:")))
-    return shape if shape is not None and shape[0] * shape[1] <= LARGEST else None
-
-
 def _absolute(name: str) -> str:
     """The same set from any working directory."""
     scheme, colon, path = name.partition(":")
     return f"{scheme}:{Path(path).expanduser().resolve()}" if colon else name
 
 
-def _called(run: str, data: str) -> str:
+def called(run: str, data: str) -> str:
     """The name of `run` on `data`, by which its folder is called unless another is given."""
     scheme, colon, path = data.partition(":")
     called = Path(path).stem if colon else scheme

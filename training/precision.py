@@ -12,6 +12,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ from models.gaussian import Posterior
 from models.objective import Noise, elbo
 from models.programs import as_posterior
 from models.refinement import begin, refine_once
-from training.checkpoint import load_static
+from training.checkpoint import data_of, load_static
 from training.config import RunConfig
 from training.data.binarise import observe
 from training.evaluate import BINARISE_SEED, MEASURE_SEED, REFINE_SEED, measured
@@ -42,7 +43,15 @@ Runner = Callable[[Arrays], Arrays]
 
 
 def offer_int8(
-    folder: Path, card: Card, model: LatentModel, run: RunConfig, *, rows: int = 5000, samples: int = 20, data_root: str | None = None
+    folder: Path,
+    card: Card,
+    model: LatentModel,
+    run: RunConfig,
+    *,
+    rows: int = 5000,
+    samples: int = 20,
+    data_root: str | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Card:
     """Writes the int8 programs and what they are held to into `folder`, beside its ONNX programs, and gives the card that offers them.
 
@@ -50,10 +59,10 @@ def offer_int8(
         rows: validation rows that the cost is measured on. samples: of the ELBO of each.
 
     Raises:
-        ExportError: it costs more than MAX_COST_NATS, or there is nothing to change.
+        ExportError: it costs more than MAX_COST_NATS, or there is nothing to change. DataError: the data are not those of `facts`.
     """
     files = _write_programs(folder, card)
-    images = run.data.load(data_root)
+    images = data_of(run, facts or {}, data_root)
     generator = torch.Generator().manual_seed(BINARISE_SEED)
     x = observe(torch.as_tensor(images.valid[:rows]), images.kind, run.architecture.generative.likelihood, generator)
     plain = {program: card.programs[program].files["onnx"] for program in CHOOSING if program in card.programs}
@@ -64,7 +73,7 @@ def offer_int8(
     write_elbo_reference(folder, *_reference(model, card, x[:REFERENCE_ROWS]))
     spec = PrecisionSpec(
         cost_nats=float(cost.mean()),
-        cost_std=float(cost.std()),
+        cost_std=float(cost.std(correction=min(1, len(cost) - 1))),
         rows=len(x),
         samples=samples,
         programs={program: {"onnx": file} for program, file in files.items()},
@@ -81,11 +90,12 @@ def quantise(
         ExportError: as `offer_int8`. CheckpointError: it is no static model. FileExistsError: that version is there already.
     """
     artifact = Artifact.open(folder)
-    model, run, _ = load_static(folder)
+    model, run, facts = load_static(folder)
     with new_version(repository, artifact.card.name, artifact.card.version) as (partial, target):
         copy_files(artifact, partial)
         card = artifact.card.model_copy(update={"files": {}})
-        write_card(partial, offer_int8(partial, card, model, run, rows=rows, samples=samples, data_root=data_root), signer)
+        offered = offer_int8(partial, card, model, run, rows=rows, samples=samples, data_root=data_root, facts=facts)
+        write_card(partial, offered, signer)
     return target
 
 

@@ -34,6 +34,9 @@ from tqdm import tqdm
 from models.catalogue import FilterModel, LatentModel
 from training.checkpoint import LAST, load_last, save_last, save_weights
 from training.config import RunConfig
+from training.data.errors import reason
+from training.data.same import refuse_other_data
+from training.records import read_epochs, write_text
 from training.sequence_config import SequenceRunConfig
 
 SAVE_EVERY_S = 60.0
@@ -71,9 +74,20 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 def fabric_for(device: str, processes: int | None = None) -> Fabric:
     """Fabric for so many processes, one per card; None = all cards, and one on the CPU. `RunLoop` adds up their gradients, so the model
-    is not wrapped."""
-    accelerator = {"cuda": "gpu"}.get(device, device)
-    return Fabric(accelerator=accelerator, devices=processes or ("auto" if accelerator == "gpu" else 1))
+    is not wrapped.
+
+    Raises:
+        TrainingFailed: this machine has no such device, or fewer.
+    """
+    if device == "cpu":
+        return Fabric(accelerator="cpu", devices=processes or 1)
+    if device != "cuda":
+        raise TrainingFailed(f"--device {device}: cpu or cuda")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cards < (processes or 1):
+        asked = "" if processes is None else f", --processes {processes}"
+        raise TrainingFailed(f"--device cuda{asked}: torch sees {cards} CUDA devices on this machine: ask for fewer, or leave it out")
+    return Fabric(accelerator="gpu", devices=processes or "auto")
 
 
 class Epochs(Protocol):
@@ -212,7 +226,7 @@ class RunLoop(ABC):
         """Trains to the last epoch from wherever the folder says the run is.
 
         Raises:
-            TrainingFailed: the objective was not finite; the last good checkpoint is kept.
+            TrainingFailed: the objective was not finite (the last good checkpoint is kept), or as `resume`. DataError: as `resume`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         resumed = self.resume()
@@ -319,16 +333,13 @@ class RunLoop(ABC):
         )
 
     def _logged(self) -> dict[str, Any]:
-        """The line of the last finished epoch, or {}. Lines of later epochs, from a run killed before it saved, are dropped."""
+        """The line of the last finished epoch, or {}. Lines that a kill cut short, or of later epochs, from a run killed before it saved,
+        are dropped."""
         log = self.folder / "log.jsonl"
-        if not log.exists():
-            return {}
-        lines = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["epoch"] <= self.batches.epoch]
-        if self.fabric.global_rank == 0:
-            partial = log.with_suffix(".partial")
-            partial.write_text("".join(lines))
-            partial.replace(log)
-        return dict(json.loads(lines[-1])) if lines else {}
+        lines = [entry for entry in read_epochs(log) if entry["epoch"] <= self.batches.epoch]
+        if self.fabric.global_rank == 0 and log.exists():
+            write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
+        return lines[-1] if lines else {}
 
     # state -----------------------------------------------------------------------------------------------------------
 
@@ -364,24 +375,28 @@ class RunLoop(ABC):
         """Continues the run in the folder, if there is one.
 
         Raises:
-            TrainingFailed: the folder holds another run, or one on other data.
+            TrainingFailed: the folder holds another run, or a damaged one. DataError: the run was trained on other data.
         """
-        state = load_last(self.folder, self.device)
+        state = self._last()
         if state is None:
             return False
-        saved = type(self.config).from_dict(json.loads(state["run"]))
-        known, asked = saved.data.name, self.config.data.name
-        if known != asked:
-            again = f"--on {shlex.quote(known)}"
+        known, asked = json.loads(state["run"]), self.config.data.name
+        try:
+            saved = type(self.config).from_dict(known)
+        except (LookupError, TypeError, ValueError, AttributeError):  # of another kind, or of a version with other fields
+            saved = None
+        if saved is not None and saved.data.name != asked:
+            again = f"--on {shlex.quote(saved.data.name)}"
             raise TrainingFailed(
-                f"{self.folder} was trained on {known}, not on {asked}: resume it with {again}, or choose another --output"
+                f"{self.folder} was trained on {saved.data.name}, not on {asked}: resume it with {again}, or choose another --output"
             )
+        # the size of x follows from the data: where they changed, the configuration did too
+        if known.get("data", {}).get("name") == asked:
+            refuse_other_data(f"the run in {self.folder}", asked, state.get("data_sha256"), self.data_sha256)
         if saved != self.config:
             raise TrainingFailed(
                 f"{self.folder} holds a run with another configuration: give its options again, choose another --output, or remove it"
             )
-        if state.get("data_sha256", self.data_sha256) != self.data_sha256:
-            raise TrainingFailed(f"{self.folder} was trained on another {asked}: give the same --data and files, or another --output")
         self.model.load_state_dict(state["model"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
@@ -392,6 +407,17 @@ class RunLoop(ABC):
         self.sums, self.seen_batches = state["sums"], state["seen_batches"]
         self.load_extra_state(state)
         return True
+
+    def _last(self) -> dict[str, Any] | None:
+        try:
+            state = load_last(self.folder, self.device)
+            if state is not None:
+                state["run"]
+        except Exception as exc:  # torch.load can fail with anything
+            raise TrainingFailed(
+                f"{self.folder / LAST} is damaged ({reason(exc).splitlines()[0]}): put a copy of it back, or train into another --output"
+            ) from exc
+        return state
 
     def extra_state(self) -> dict[str, Any]:
         """What this kind of run needs besides to go on exactly."""

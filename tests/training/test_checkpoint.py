@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.artifact import WEIGHTS, sha256_of
 from models.catalogue import build
 from training import checkpoint
 from training.checkpoint import LAST, CheckpointError, load_last, load_weights, save_last, save_weights
@@ -20,7 +21,7 @@ def test_weights_are_rebuilt_around_their_architecture(tiny_run: RunConfig, tmp_
     for folder in (tmp_path / "best", tmp_path):
         again, run, facts = load_weights(folder)
         assert run == tiny_run
-        assert facts == {"epoch": 3}
+        assert facts == {"epoch": 3, "weights_sha256": sha256_of(tmp_path / "best" / WEIGHTS)}
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
         assert not any(parameter.requires_grad for parameter in again.parameters())
 
@@ -28,12 +29,28 @@ def test_weights_are_rebuilt_around_their_architecture(tiny_run: RunConfig, tmp_
 def test_the_best_weights_of_a_run_are_preferred_to_its_last(tiny_run: RunConfig, tmp_path: Path) -> None:
     for i, name in enumerate(("final", "best")):
         save_weights(tmp_path / name, build(tiny_run.architecture, seed=i), tiny_run, {"epoch": i})
-    assert load_weights(tmp_path)[2] == {"epoch": 1}
-    assert load_weights(tmp_path / "final")[2] == {"epoch": 0}
+    assert load_weights(tmp_path)[2]["epoch"] == 1
+    assert load_weights(tmp_path / "final")[2]["epoch"] == 0
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint here"):
+        load_weights(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused_by_the_file(tiny_run: RunConfig, tmp_path: Path) -> None:
+    save_weights(tmp_path, build(tiny_run.architecture, seed=0), tiny_run, {})
+    whole = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: damaged"):
+        load_weights(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(whole)
+    known = json.loads((tmp_path / "checkpoint.json").read_text())
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"run": {**known["run"], "future": 1}}))
+    with pytest.raises(CheckpointError, match=r"another version of Elbow, or damaged: .*future"):
+        load_weights(tmp_path)
+    (tmp_path / "checkpoint.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json: damaged"):
         load_weights(tmp_path)
 
 

@@ -19,6 +19,7 @@ from models.generative.vae import VAE
 from models.objective import elbo
 from training import evaluate as evaluation_module
 from training.config import RefinementConfig, RunConfig
+from training.data.errors import DataError
 from training.evaluate import CURVE_STEPS, Effort, Evaluation, Evaluator, evaluate, optimum, save, table
 
 SIGMA, ROWS = 0.7, 40
@@ -150,6 +151,35 @@ def test_an_evaluation_is_saved_beside_its_weights(evaluations: list[Evaluation]
     file = save(evaluations[1], tmp_path)
     assert Evaluation(**json.loads(file.read_text())) == evaluations[1]
     assert asdict(evaluations[1])["name"] == "iterative"
+
+
+def test_an_evaluation_says_what_it_measured(evaluations: list[Evaluation], tiny_run: RunConfig) -> None:
+    facts = evaluations[0].facts
+    assert (facts["epoch"], facts["data"]) == (3, tiny_run.data.name)
+    assert len(facts["data_sha256"]) == 64
+    assert (evaluations[0].seed_rows, evaluations[1].seed_rows) == (0, 4)
+
+
+def test_a_single_row_and_parts_left_out_have_null_not_nan(tiny_run: RunConfig, tmp_path: Path) -> None:
+    """And torch warns of nothing: a warning is an error here."""
+    model = build(tiny_run.architecture, seed=0).requires_grad_(False)
+    effort = Effort(rows=1, samples=1, importance_rows=0, gap_rows=0, seeds=2, seed_rows=1)
+    found = evaluate(model, tiny_run, {"weights_sha256": "1" * 64}, effort, None, quiet=True)
+    kept = json.loads(save(found, tmp_path).read_text(), parse_constant=pytest.fail)
+    assert kept["facts"]["weights_sha256"] == "1" * 64
+    assert set(kept["elbo_std"] + kept["elbo_error"]) == {None}
+    assert [kept[name] for name in ("log_px", "log_px_error", "optimum", "importance_rows", "gap_rows")] == [None, None, None, 0, 0]
+    lines = table([found]).splitlines()
+    assert {line.split()[-1] for line in lines if line.startswith(("log p(x)", "optimum", "amortization", "ELBO"))} == {"-"}
+    one = evaluate(model, tiny_run, {}, replace(effort, importance_rows=1, importance_samples=2), None, quiet=True)
+    assert one.log_px is not None
+    assert one.log_px_error is None
+
+
+def test_data_that_changed_are_refused(tiny_run: RunConfig) -> None:
+    model = build(tiny_run.architecture, seed=0)
+    with pytest.raises(DataError, match=r"tiny was trained on another npz:"):
+        evaluate(model, tiny_run, {"data_sha256": "0" * 64}, Effort(rows=1), None, quiet=True)
 
 
 def test_an_optimiser_can_refine_another_models_decoder(tiny_run: RunConfig) -> None:

@@ -76,6 +76,11 @@ def test_a_sequence_of_one_frame_has_none_left_when_the_first_only_initialises()
     assert nats.published == pytest.approx((-2 / 2 - 0) / 2)
 
 
+def test_where_every_sequence_has_one_frame_nothing_is_left_to_score_after_it() -> None:
+    nats = Nats.of(torch.tensor([[-8.0], [-5.0]]), torch.ones(2, 1))
+    assert (nats.frames, nats.later_frames, nats.later_sequences, nats.published) == (-6.5, None, None, 0)
+
+
 def test_a_linear_gaussian_model_is_worth_its_log_likelihood() -> None:
     """One dimension: q can be the exact posterior, so the free energy is −log p and every convention is exact too."""
     system = linear_system()
@@ -209,6 +214,14 @@ def test_the_table_puts_checkpoints_side_by_side(evaluations: list[FilterEvaluat
     assert published.split()[-1] == f"{-evaluations[2].elbo.published:.3f}"
     (other,) = [line for line in lines if line.startswith("3 steps at every frame")]
     assert other.split()[-1] == "—"
+
+
+def test_an_evaluation_says_what_it_measured(evaluations: list[FilterEvaluation], speech: tuple[FilterModel, SequenceRunConfig]) -> None:
+    assert evaluations[0].facts["epoch"] == 3
+    assert evaluations[0].facts["data"] == SPEECH
+    assert [(e.bound_sequences, e.gap_sequences) for e in evaluations] == [(1, 1), (2, 2), (2, 0)]
+    with pytest.raises(DataError, match="tiny was trained on another audio:"):
+        evaluate_filter(*speech, {"data_sha256": "0" * 64}, LITTLE, quiet=True)
 
 
 def test_an_evaluation_is_saved_beside_its_weights(evaluations: list[FilterEvaluation], tmp_path: Path) -> None:

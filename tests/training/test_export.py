@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from models.architecture import Architecture, IterativeArchitecture, VAEArchitecture
-from models.artifact import CARD, REFERENCE, WEIGHTS, Artifact, ArtifactError, Signer, list_versions, parity_error, write_reference
+from models.artifact import (
+    CARD,
+    REFERENCE,
+    WEIGHTS,
+    Artifact,
+    ArtifactError,
+    Signer,
+    list_versions,
+    parity_error,
+    sha256_of,
+    write_reference,
+)
 from models.catalogue import LatentModel, build
 from models.programs import static_programs
 from training import export as exporting
-from training.checkpoint import save_weights
+from training.checkpoint import load_static, save_weights
+from training.commit import git
 from training.config import RunConfig
+from training.data.errors import DataError
 from training.export import export
 from training.export_files import ExportError, check_parity, run_onnx, run_torchscript
+from training.export_static import describe_static
 from training.export_static import reference as _reference
 from training.runs.mnist import ENCODINGS
 
 SECRET = b"secret"
+
+
+FIGURES = {"log_px": -100.5, "optimum": -101.0, "seed_spread": 0.2}
 
 
 def moving(model: LatentModel) -> LatentModel:
@@ -39,7 +60,8 @@ def checkpoint(tiny_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) ->
     architecture = replace(tiny_run.architecture, inference=IterativeArchitecture(ENCODINGS, (16,)))
     run = replace(tiny_run, architecture=architecture)
     save_weights(folder, moving(build(architecture, seed=0)), run, {"epoch": 2})
-    (folder / "evaluation.json").write_text('{"log_px": -100.5, "optimum": -101.0, "seed_spread": 0.2, "name": "tiny"}')
+    measured = {"epoch": 2, "weights_sha256": sha256_of(folder / WEIGHTS)}
+    (folder / "evaluation.json").write_text(json.dumps({**FIGURES, "name": "tiny", "facts": measured}))
     return folder
 
 
@@ -63,7 +85,7 @@ def test_the_artifact_opens_and_its_card_describes_the_model(artifact: Path, tin
     assert card.curve.rows == 24
     assert len(card.curve.elbo) == len(card.curve.steps) == len(card.quantiles.elbo)
     assert all(tuple(sorted(row)) == row for row in card.quantiles.elbo)
-    assert card.metrics == {"log_px": -100.5, "optimum": -101.0, "seed_spread": 0.2}
+    assert card.metrics == FIGURES
     assert card.provenance["epoch"] == 2
     assert card.provenance["data"]["name"] == tiny_run.data.name
     assert len(card.provenance["data"]["sha256"]) == 64
@@ -155,7 +177,7 @@ def test_an_export_that_disagrees_leaves_nothing_behind(checkpoint: Path, tmp_pa
     monkeypatch.setattr(exporting, "check_parity", disagree)
     with pytest.raises(ExportError):
         export(checkpoint, tmp_path, "tiny", "1", rows=8, samples=1, quiet=True)
-    assert not list((tmp_path / "tiny").iterdir())
+    assert not list(tmp_path.iterdir())
     assert not list(list_versions(tmp_path))
 
 
@@ -166,3 +188,55 @@ def test_an_altered_export_does_not_open(artifact: Path, tmp_path: Path) -> None
     (folder / "step.onnx").write_bytes(bytes(graph))
     with pytest.raises(ArtifactError, match=r"step\.onnx does not have the sha256"):
         Artifact.open(folder)
+
+
+@pytest.mark.parametrize("facts", [{}, {"epoch": 1, "weights_sha256": "0" * 64}])
+def test_figures_of_other_weights_are_left_out_of_the_card_and_that_is_said(
+    facts: dict[str, Any], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures of an older checkpoint once went into the card of a newer one."""
+    (tmp_path / "evaluation.json").write_text(json.dumps({**FIGURES, "facts": facts}))
+    assert exporting._metrics(tmp_path, load_static(checkpoint)[2]) == {}
+    said = capsys.readouterr().err
+    assert str(tmp_path / "evaluation.json") in said
+    assert ("epoch 1" if facts else "it does not say which") in said
+
+
+def test_figures_that_are_not_finite_are_left_out(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = load_static(checkpoint)[2]
+    written = {"log_px": math.nan, "optimum": None, "seed_spread": 0.2, "facts": loaded}
+    (tmp_path / "evaluation.json").write_text(json.dumps(written))
+    assert exporting._metrics(tmp_path, loaded) == {"seed_spread": 0.2}
+    for damaged in ("{", "[]", '{"log_px": "much"}', '{"log_px": 1, "facts": 3}'):
+        (tmp_path / "evaluation.json").write_text(damaged)
+        assert exporting._metrics(tmp_path, loaded) == {}
+        assert "not an evaluation" in capsys.readouterr().err
+
+
+def test_data_that_changed_are_refused_and_nothing_is_made(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "run")
+    described = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps({**described, "data_sha256": "0" * 64}))
+    with pytest.raises(DataError, match=r"tiny was trained on another npz:.* \(sha256 000000000000…\)"):
+        export(folder, tmp_path / "made", "tiny", "1", rows=8, samples=1, quiet=True)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(("name", "version"), [("../escaped", "1"), ("a/b", "1"), ("", "1"), ("tiny", ".1"), ("tiny", "1\n")])
+def test_a_name_that_no_card_may_have_is_refused_before_anything_is_made(name: str, version: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--name" if name != "tiny" else "--version"):
+        export(tmp_path / "no checkpoint", tmp_path / "made", name, version)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_git_the_commit_is_unknown(checkpoint: Path, tiny_run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*args: object, **options: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert git("rev-parse", "HEAD") == ""
+    model, run, facts = load_static(checkpoint)
+    described = describe_static(model, run, rows=1, samples=1, data_root=None, quiet=True)
+    provenance = exporting._provenance(run, {**facts, "data_sha256": "1" * 64}, described)
+    assert provenance["commit"] == "unknown"
+    assert provenance["data"]["sha256"] == "1" * 64  # of the data that it was trained on

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.architecture import DirectArchitecture
+from models.architecture import DirectArchitecture, VAEArchitecture
+from models.catalogue import build
 from training import loop, run_loop
-from training.checkpoint import LAST, load_last, load_weights
+from training.checkpoint import LAST, load_last, load_weights, save_last, save_weights
 from training.config import OptimiserConfig, RunConfig
+from training.data.errors import DataError
 from training.loop import Trainer
 from training.run_loop import TrainingFailed, fabric_for
+from training.sequence_config import SequenceRunConfig
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -186,6 +190,58 @@ def test_a_folder_with_another_run_is_refused(tiny_run: RunConfig, tmp_path: Pat
     trainer(short, tmp_path).fit()
     with pytest.raises(TrainingFailed, match="holds a run with another configuration"):
         trainer(tiny_run, tmp_path).fit()
+
+
+def test_a_run_of_another_kind_or_of_other_fields_is_another_configuration(tiny_run: RunConfig, tmp_path: Path) -> None:
+    """Both once ended in a traceback."""
+    values = tiny_run.to_dict()
+    for other in (
+        SequenceRunConfig("sequences").to_dict(),
+        {**values, "future": 1},
+        {name: value for name, value in values.items() if name != "optimiser"},
+    ):
+        save_last(tmp_path, {"run": json.dumps(other)})
+        with pytest.raises(TrainingFailed, match="holds a run with another configuration"):
+            trainer(tiny_run, tmp_path).resume()
+
+
+def test_changed_data_are_named_before_the_configuration_that_follows_from_them(tiny_run: RunConfig, tmp_path: Path) -> None:
+    other = replace(tiny_run, data=replace(tiny_run.data, shape=(8, 8)))
+    save_last(tmp_path, {"run": json.dumps(other.to_dict()), "data_sha256": "0" * 64})
+    with pytest.raises(DataError, match=r"was trained on another npz:.* \(sha256 000000000000…\)"):
+        trainer(tiny_run, tmp_path).resume()
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 and nothing", None])
+def test_a_damaged_state_is_one_line_that_names_the_file(damage: bytes | None, tiny_run: RunConfig, tmp_path: Path) -> None:
+    if damage is None:
+        save_last(tmp_path, {"updates": 1})
+    else:
+        (tmp_path / LAST).write_bytes(damage)
+    with pytest.raises(TrainingFailed, match=r"last\.pt is damaged \(.+\): put a copy of it back, or") as failed:
+        trainer(tiny_run, tmp_path).resume()
+    assert "\n" not in str(failed.value)
+
+
+def test_a_last_line_of_the_log_cut_short_is_dropped_on_resume(uninterrupted: Path, tiny_run: RunConfig, tmp_path: Path) -> None:
+    """A kill while it was written once stopped resume for good."""
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    with (folder / "log.jsonl").open("a") as written:
+        written.write('{"epoch": 5, "upda')
+    assert trainer(tiny_run, folder).fit()["epoch"] == 4
+    assert (folder / "log.jsonl").read_text() == (uninterrupted / "log.jsonl").read_text()
+
+
+def test_a_parent_that_is_missing_or_of_another_size_is_named(tiny_run: RunConfig, tmp_path: Path) -> None:
+    child = replace(tiny_run, name="child", parent="first")
+    with pytest.raises(TrainingFailed, match=r"weights of the run first, .* beside --output: there is no .*/first\. First .*train first`"):
+        trainer(child, tmp_path / "child")
+    small = replace(tiny_run, name="small", architecture=replace(tiny_run.architecture, generative=VAEArchitecture(784, 3, (16,))))
+    save_weights(tmp_path / "first", build(small.architecture, seed=0), small, {"epoch": 1})
+    with pytest.raises(
+        TrainingFailed, match=r"child begins with the weights of small \(.*/first\), which has other sizes: .*3.* there, .*4"
+    ):
+        trainer(child, tmp_path / "child")
 
 
 def test_nan_ends_the_run_names_the_update_and_keeps_the_last_good_state(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import mido
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from models.architecture import FilterArchitecture, OwnFilterArchitecture, SRNNArchitecture, VRNNArchitecture
@@ -157,8 +159,44 @@ def test_the_same_command_resumes_from_anywhere_and_another_set_is_refused(
     assert (tmp_path / "runs/tiny-mine/last.pt").read_bytes() == before
 
 
-def test_a_later_phase_goes_on_from_the_earlier_one_on_the_same_set(tmp_path: Path) -> None:
+def test_all_of_ones_own_images_are_used_for_so_many_epochs_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path / "mine")
+    assert main(["train", "tiny", "--on", "folder:mine", "--epochs", "2"]) == 0
+    run = saved(Path("runs/tiny-mine"))
+    assert (run["epochs"], run["train_rows"], run["validation_rows"]) == (2, None, None)
+    assert len((tmp_path / "runs/tiny-mine/log.jsonl").read_text().splitlines()) == 2
+    assert main(["train", "tiny", "--on", "folder:mine"]) == 1
+    assert "another configuration: give its options again" in capsys.readouterr().err
+
+
+def test_a_run_of_sequences_takes_epochs_too_and_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(SAMPLES / "digits", tmp_path / "wavs")
+    samples, rate = soundfile.read(next((tmp_path / "wavs").glob("*.wav")))
+    soundfile.write(tmp_path / "wavs/zz.wav", samples[:50], rate)
+    soundfile.write(tmp_path / "wavs/zzz.wav", samples, rate)
+    assert main(["train", "speech", "--on", "audio:wavs", "--epochs", "2"]) == 0
+    assert saved(Path("runs/speech-wavs"))["epochs"] == 2
+    assert capsys.readouterr().err.count("1 of 5 recordings are shorter than a frame of 200 samples, and left out") == 1
+
+
+def test_images_that_changed_are_said_to_have_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their new size once made it a run with another configuration; and evaluate, export and report took no notice."""
+    write_images(tmp_path / "mine")
+    assert main(["train", "tiny", "--on", "folder:mine"]) == 0
+    shutil.rmtree(tmp_path / "mine")
+    write_images(tmp_path / "mine", size=(8, 8))
+    train, folder = ["train", "tiny", "--on", "folder:mine"], "runs/tiny-mine"
+    for command in (train, ["evaluate", folder], ["report", folder], ["export", folder, "--name", "mine", "--to", "served"]):
+        assert main(command) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"was trained on another folder:{tmp_path / 'mine'} (sha256 " in error
+    assert not Path("served").exists()
+
+
+def test_a_later_phase_goes_on_from_the_earlier_one_on_the_same_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "mine")
+    assert main(["train", "later", "--on", "folder:mine"]) == 1
+    assert f"First comes `elbow-train train tiny --on folder:{tmp_path / 'mine'}`" in capsys.readouterr().err
     assert main(["train", "tiny", "--on", "folder:mine"]) == 0
     assert main(["train", "later", "--on", "folder:mine"]) == 0
     assert saved(Path("runs/later-mine"))["parent"] == "tiny-mine"

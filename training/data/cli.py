@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 from training.data.baselines import marginal_bernoulli
-from training.data.catalogue import CATALOGUE, load, lookup
+from training.data.catalogue import CATALOGUE, is_images, load
+from training.data.catalogue import SCHEMES as IMAGE_SCHEMES
 from training.data.errors import DataError
 from training.data.fetch import fetch
 from training.data.files import ENVIRONMENT, roots
+from training.data.readers.folder import own_shape
 from training.data.sequence_catalogue import SCHEMES, SEQUENCES, is_sequences, load_sequences
 from training.data.sources import Entry, find_source
 
+NAMES = ", ".join([*CATALOGUE, *SEQUENCES])
 COLUMNS = "{:<16} {:>24} {:>9} {:<9} {:<39} {}"
 
 
@@ -26,10 +29,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     actions = parser.add_subparsers(dest="action", metavar="{fetch,check}")
     fetching = actions.add_parser("fetch", help="download a public set, with checksum; continues a partial download")
-    fetching.add_argument("name", help=", ".join([*CATALOGUE, *SEQUENCES]))
+    fetching.add_argument("name", help=NAMES)
     fetching.add_argument("--to", type=Path, metavar="DIR", help=f"root to put it in (default: the first of {ENVIRONMENT}, else ./data)")
     checking = actions.add_parser("check", help="read a set and compare its files with the published checksums")
-    checking.add_argument("name", help=f"{', '.join([*CATALOGUE, *SEQUENCES])}, folder:PATH, npz:PATH, {SCHEMES}")
+    checking.add_argument("name", help=f"{NAMES}, {IMAGE_SCHEMES}, {SCHEMES}")
     parser.set_defaults(run=run)
 
 
@@ -69,8 +72,11 @@ def _state(entry: Entry) -> tuple[str, str, str]:
 
 
 def _entry(name: str) -> Entry:
-    """The row of either catalogue."""
-    return SEQUENCES[name] if name in SEQUENCES else lookup(name)
+    """The row of either catalogue, or a DataError that lists all names."""
+    entry: Entry | None = SEQUENCES.get(name) or CATALOGUE.get(name)
+    if entry is None:
+        raise DataError(f"no published set is called {name!r}: choose {NAMES}; sets of one's own ({IMAGE_SCHEMES}, {SCHEMES}) are files")
+    return entry
 
 
 def _fetch(name: str, folder: Path) -> None:
@@ -83,13 +89,16 @@ def _fetch(name: str, folder: Path) -> None:
 def _check(name: str) -> int:
     if is_sequences(name):
         _describe_sequences(name)
-    else:
+    elif is_images(name):
         _describe_images(name)
+    else:
+        raise DataError(f"unknown data set {name!r}: choose {NAMES}, {IMAGE_SCHEMES}, {SCHEMES}")
     return _compare_checksums(name) if name in SEQUENCES or name in CATALOGUE else 0
 
 
 def _describe_images(name: str) -> None:
-    images = load(name)
+    own = own_shape(Path(name.removeprefix("folder:")).expanduser()) if name.startswith("folder:") else None
+    images = load(name, shape=own or (28, 28))  # as a run takes it
     print(f"{name}: {len(images.train):,} training and {len(images.valid):,} validation images of {images.shape[0]} x {images.shape[1]}")
     print(f"kind {images.kind}, labels {'no' if images.train_labels is None else 'yes'}, sha256 {images.sha256}")
 
@@ -99,6 +108,8 @@ def _describe_sequences(name: str) -> None:
     for split, part in sequences.splits.items():
         shortest, longest = part.lengths.min(), part.lengths.max()
         print(f"{name} {split}: {len(part):,} sequences, {part.frames:,} frames, {shortest:,} to {longest:,} each")
+    if sequences.left_out:
+        print(sequences.left_out)
     print(f"kind {sequences.kind}, frame: {sequences.description}, sha256 {sequences.sha256}")
     if sequences.kind == "binary":
         baseline = marginal_bernoulli(sequences.train, sequences.valid)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 from tqdm import tqdm
 
-from training.data.errors import DataError
+from training.data.errors import DataError, reason
 from training.data.files import ENVIRONMENT, DataFile
 from training.data.sources import Entry, Source
 
@@ -33,7 +33,7 @@ def fetch(dataset: Entry, folder: Path) -> list[Path]:
         with httpx.Client(follow_redirects=True, timeout=TIMEOUT_S) as client:
             return [fetch_file(file, target / file.name, client) for file in source.files]
     except OSError as exc:
-        raise DataError(f"cannot write to {target}: {exc}; choose another folder with --to") from exc
+        raise DataError(f"cannot write to {target}: {reason(exc)}; choose another folder with --to") from exc
 
 
 def fetch_file(file: DataFile, path: Path, client: httpx.Client) -> Path:
@@ -51,7 +51,7 @@ def fetch_file(file: DataFile, path: Path, client: httpx.Client) -> Path:
             _download(url, partial, file, client)
             return _accept(partial, file).replace(path)
         except (httpx.HTTPError, DataError) as exc:
-            failures.append(f"{urlsplit(url).netloc}: {exc or type(exc).__name__}")
+            failures.append(f"{urlsplit(url).netloc}: {reason(exc)}")
     raise DataError(
         f"{file.name} could not be downloaded ({'; '.join(failures)}). Try again: it goes on where it stopped. "
         f"Without a network, get {file.urls[0]} elsewhere and put it at {path}, or set {ENVIRONMENT} to a folder that has it."

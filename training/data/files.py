@@ -63,7 +63,11 @@ def locate(dataset: str, files: Sequence[DataFile], root: Path) -> tuple[Path, .
 
 def fingerprint(paths: Iterable[Path]) -> str:
     """The sha256 of the one file, or of the listing `sha256sum` would print for several."""
-    digests = [(sha256_of(path), path.name) for path in paths]
+    return fingerprint_of([(sha256_of(path), path.name) for path in paths])
+
+
+def fingerprint_of(digests: Sequence[tuple[str, str]]) -> str:
+    """`fingerprint` of files that are known by their (sha256, name)."""
     if len(digests) == 1:
         return digests[0][0]
     return hashlib.sha256("".join(f"{digest}  {name}\n" for digest, name in digests).encode()).hexdigest()

@@ -24,12 +24,14 @@ PCM16_SCALE = 32768
 
 @dataclass(frozen=True)
 class Parts:
-    """What a reader gives: the splits it keeps and, for audio, the rate. Recordings are joined samples, not frames yet."""
+    """What a reader gives: the splits it keeps and, for audio, the rate. Recordings are joined samples, not frames yet; `empty` ones, which
+    have none, are counted only."""
 
     train: Ragged
     valid: Ragged
     test: Ragged | None = None
     sample_rate: int | None = None
+    empty: int = 0
 
     @classmethod
     def of(cls, splits: Iterable[Ragged], sample_rate: int | None = None) -> Parts:
@@ -51,6 +53,7 @@ class Sequences:
         test: only of sets whose test split is kept for choosing nothing (docs/data.md); None elsewhere.
         sample_rate: samples per second (audio).
         frame_size: samples per frame, X (audio).
+        too_short: recordings that fill no frame, and so are in no split.
         mean, std: of all values of the training split together, in the units of the data; None for binary sets. The
             data are *not* standardised: the model does that inside, so that clients send raw values.
     """
@@ -66,6 +69,7 @@ class Sequences:
     frame_size: int | None = None
     mean: float | None = None
     std: float | None = None
+    too_short: int = 0
 
     def __post_init__(self) -> None:
         dtype = np.uint8 if self.kind == "binary" else np.float32
@@ -78,6 +82,14 @@ class Sequences:
                 raise DataError(f"{self.name}: {split} is said to be binary but holds the value {part.joined.max()}")
             if self.kind != "binary" and not np.isfinite(part.joined).all():
                 raise DataError(f"{self.name}: {split} holds values that are not finite")
+
+    @property
+    def left_out(self) -> str:
+        """What of the set is not used, in words; "" if all is."""
+        if not self.too_short:
+            return ""
+        recordings = sum(len(part) for part in self.splits.values()) + self.too_short
+        return f"{self.too_short:,} of {recordings:,} recordings are shorter than a frame of {self.frame_size} samples, and left out"
 
     @property
     def size(self) -> int:
@@ -106,13 +118,30 @@ def real_sequences(name: str, parts: Parts, sha256: str, description: str) -> Se
 
 
 def audio_sequences(name: str, parts: Parts, sha256: str, frame_size: int) -> Sequences:
-    """Recordings cut into frames of `frame_size` samples; the samples after the last whole frame are dropped."""
-    train, valid = cut_frames(parts.train, frame_size), cut_frames(parts.valid, frame_size)
-    test = cut_frames(parts.test, frame_size) if parts.test is not None else None
+    """Recordings cut into frames of `frame_size` samples; the samples after the last whole frame are dropped.
+
+    Raises:
+        DataError: as `cut_frames`, or every training sample is the same.
+    """
+    whole = [part for part in (parts.train, parts.valid, parts.test) if part is not None]
+    train, valid, *rest = (cut_frames(part, frame_size) for part in whole)
+    test = rest[0] if rest else None
+    too_short = parts.empty + sum(len(part) for part in whole) - sum(len(part) for part in (train, valid, *rest))
     mean, std = _moments(train)
     description = f"{frame_size} samples of mono PCM at {parts.sample_rate} Hz, in -1 to 1"
     return Sequences(
-        name, "audio", train, valid, sha256, description, test, sample_rate=parts.sample_rate, frame_size=frame_size, mean=mean, std=std
+        name,
+        "audio",
+        train,
+        valid,
+        sha256,
+        description,
+        test,
+        sample_rate=parts.sample_rate,
+        frame_size=frame_size,
+        mean=mean,
+        std=std,
+        too_short=too_short,
     )
 
 
@@ -126,6 +155,12 @@ def cut_frames(recordings: Ragged, frame_size: int) -> Ragged:
     """
     if frame_size < 1:
         raise DataError(f"frame_size must be at least 1, not {frame_size}")
+    longest = int(recordings.lengths.max())
+    if longest < frame_size:
+        raise DataError(
+            f"no sequence has a frame: a frame is {frame_size:,} samples, and the longest of {len(recordings):,} recordings (of one split) "
+            f"has {longest:,}: choose a smaller frame, or longer recordings"
+        )
     whole = [wave[: len(wave) // frame_size * frame_size].reshape(-1, frame_size) for wave in recordings]
     frames = Ragged.of(whole)
     if frames.joined.dtype == np.int16:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from training.data.errors import DataError
-from training.data.files import ENVIRONMENT, DataFile, fingerprint, locate, roots
+from training.data.files import ENVIRONMENT, DataFile, fingerprint, fingerprint_of, locate, roots
 
 T = TypeVar("T")
 Paths = Mapping[str, Path]
@@ -28,6 +28,13 @@ class Source(Generic[T]):
     @property
     def fetchable(self) -> bool:
         return all(file.urls for file in self.files)
+
+    def published(self) -> set[str]:
+        """What `Found.sha256` is of the published files, with and without the optional ones."""
+        if any(file.sha256 is None for file in self.files):
+            return set()
+        required = [file for file in self.files if not file.optional]
+        return {fingerprint_of([(str(file.sha256), file.name) for file in files]) for files in (required, self.files)}
 
 
 class Entry(Protocol):

@@ -5,9 +5,6 @@ After each figure its PNG, report.json and index.html are on disk: Ctrl-C loses 
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from training.checkpoint import data_of
 from training.data.images import Images
+from training.data.same import refuse_other_data
+from training.records import write_json, write_text
 from training.report import captions, figures, style
 from training.report.history import history
 from training.report.landscape import landscape
@@ -55,7 +55,8 @@ class Report:
     """The figures of one checkpoint, written to a folder. `fewer_rows`: the effort's rows may be lowered to half of a small set's.
 
     Raises:
-        ReportError: the checkpoint has no refinement steps to show, or a companion is not what its option says.
+        ReportError: the checkpoint has no refinement steps to show, a companion is not what its option says, or too few rows are held out.
+        DataError: the data are not those that the checkpoints were trained on.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Report:
         self.subject = Subject.load(checkpoint)
         self.z2 = Subject.load(z2) if z2 else None
         self.direct = Subject.load(direct) if direct else None
-        self.images: Images = self.subject.run.data.load(data_root)
+        self.images: Images = data_of(self.subject.run, self.subject.facts, data_root)
         if fewer_rows:
             self.effort = _within(self.effort, len(self.images.valid))
         self.made_by = made_by()
@@ -96,7 +97,13 @@ class Report:
             raise ReportError(f"--direct {self.direct.folder}: trained on {self.direct.run.data.name}, not on {self.subject.run.data.name}")
         if self.z2 and (self.z2.model.generative.latent_sizes != (2,) or not self.z2.model.inference.refines):
             raise ReportError(f"--landscape {self.z2.folder} must be an iterative model with one latent level of size 2")
+        if self.direct:
+            direct = self.direct.run
+            refuse_other_data(direct.name, direct.data.name, self.direct.facts.get("data_sha256"), self.images.sha256)
         most = len(self.images.valid) - 1
+        if most < 1:
+            held_out = f"{len(self.images.valid)} image{'s' if most else ''}"
+            raise ReportError(f"{self.subject.run.data.name} holds out {held_out} for validation: too few for a report, which needs 2")
         if self.effort.race.rows > most:
             raise ReportError(f"--rows {self.effort.race.rows}: at most {most}, so that some are left to choose learning rates on")
 
@@ -138,7 +145,7 @@ class Report:
     def _landscape(self) -> Made:
         assert self.z2 is not None
         run, row = self.z2.run, self.effort.landscape_row
-        images = run.data.load(self.data_root)
+        images = data_of(run, self.z2.facts, self.data_root)
         x = validation_rows(images, row + 1 + LANDSCAPE_TUNING_ROWS, run.architecture.generative.likelihood, _device(self.z2))
         tuning = x[row + 1 :]
         if not len(tuning):
@@ -195,14 +202,14 @@ class Report:
             **{role: subject.provenance for role, subject in companions.items() if subject},
             "figures": self.numbers,
         }
-        _replace(self.folder / "report.json", json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
+        write_json(self.folder / "report.json", report)
         facts = {
             "checkpoint": self.subject,
             **{role: subject for role, subject in companions.items() if subject},
             "data": f"{self.subject.run.data.name}, {self.images.kind}, sha256 {self.images.sha256[:16]}…",
             **self.made_by,
         }
-        _replace(self.folder / "index.html", page(f"Iterative inference: {self.subject.run.name}", facts, self.entries))
+        write_text(self.folder / "index.html", page(f"Iterative inference: {self.subject.run.name}", facts, self.entries))
 
     def _origin(self) -> str:
         return f"{self.subject}; commit {self.made_by['commit']}; {self.made_by['date']}"
@@ -210,21 +217,6 @@ class Report:
 
 def _within(effort: Effort, valid: int) -> Effort:
     return replace(effort, race=replace(effort.race, rows=max(1, min(effort.race.rows, valid // 2))))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN nor infinity: null."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 def _device(subject: Subject) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from training.checkpoint import load_filter
+from training.checkpoint import data_of, load_filter
+from training.records import write_json, write_text
 from training.report import style
 from training.report.filtering import FramesSeen, Gains, frames_seen, gains
 from training.report.page import Entry, page
@@ -23,9 +23,13 @@ BAND = "#D55E00"
 
 
 def write_filter_report(checkpoint: Path, folder: Path, data_root: str | None = None) -> Path:
-    """Writes the PNGs, report.json and index.html; the path of the page."""
+    """Writes the PNGs, report.json and index.html; the path of the page.
+
+    Raises:
+        DataError: the data are not those that the checkpoint was trained on.
+    """
     model, run, facts = load_filter(checkpoint)
-    sequences = run.data.load(data_root)
+    sequences = data_of(run, facts, data_root)
     steps = run.refinement.steps if model.inference.refines else 0
     folder.mkdir(parents=True, exist_ok=True)
     origin = made_by()
@@ -39,10 +43,11 @@ def write_filter_report(checkpoint: Path, folder: Path, data_root: str | None = 
     longest = max(range(len(sequences.valid)), key=lambda i: len(sequences.valid[i]))
     sequence = sequences.valid[longest]
     if sequences.kind == "binary":
-        seen = frames_seen(model, sequence, 0, ROLL_FRAMES, steps)
+        first = int(np.argmax(sequence.any(1)))  # a piece may begin with a long rest
+        seen = frames_seen(model, sequence, first, ROLL_FRAMES, steps)
         words = (
-            f"The first {len(seen.x)} frames of validation sequence {longest}: notes played, and the probability of each note as predicted "
-            f"before the frame was seen, and after {steps} inference step(s), at the mean of q."
+            f"Frames {first} to {first + len(seen.x) - 1} of validation sequence {longest}: notes played, and the probability of each note "
+            f"as predicted before the frame was seen, and after {steps} inference step(s), at the mean of q."
         )
         add("piano_roll", "Piano roll: predicted, corrected, played", words, piano_roll(seen), {"elbo": seen.elbo.tolist()})
     else:
@@ -64,10 +69,9 @@ def write_filter_report(checkpoint: Path, folder: Path, data_root: str | None = 
         words = f"Share of a frame's whole gain over its prediction ({total:.2f} nats) that each inference step brings."
         add("gain_by_step", "Gain by step", words, by_gain(worth), {"within": worth.within})
     report = {"made": origin, "checkpoint": {"run": run.name, **facts}, "figures": numbers}
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(folder / "report.json", report)
     listed = {"checkpoint": run.name, "epoch": facts.get("epoch"), "data": f"{sequences.name}, sha256 {sequences.sha256[:16]}…", **origin}
-    (folder / "index.html").write_text(page(f"Filtering: {run.name}", listed, entries), encoding="utf-8")
-    return folder / "index.html"
+    return write_text(folder / "index.html", page(f"Filtering: {run.name}", listed, entries))
 
 
 def waveform(seen: FramesSeen, sample_rate: int | None) -> Figure:
@@ -92,7 +96,7 @@ def piano_roll(seen: FramesSeen) -> Figure:
     """Probabilities before and after inference, and the notes."""
     made = style.figure(height=7.0)
     played = np.flatnonzero(seen.x.any(0))
-    low, high = max(0, int(played.min()) - 3), int(played.max()) + 4
+    low, high = (max(0, int(played.min()) - 3), int(played.max()) + 4) if len(played) else (0, seen.x.shape[1])
     last = seen.mean.shape[1] - 1
     for row, (values, title) in enumerate(
         (
@@ -124,7 +128,7 @@ def by_gain(worth: Gains) -> Figure:
     made = style.figure(height=3.2)
     axes = made.add_subplot()
     total = worth.within[-1] - worth.within[0]
-    shares = np.diff(worth.within) / total * 100
+    shares = np.diff(worth.within) / total * 100 if total else np.zeros(len(worth.within) - 1)
     axes.bar(range(1, len(worth.within)), shares, color=BAND, width=0.6)
     style.dress(axes, x="inference step", y="% of the frame's gain")
     axes.set_xticks(range(1, len(worth.within)))

@@ -5,8 +5,6 @@ Shapes: B rows, X size of x.
 
 from __future__ import annotations
 
-import json
-import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +16,12 @@ from torch import Tensor
 
 from models.catalogue import LatentModel
 from training.checkpoint import load_static
+from training.commit import git
 from training.config import RunConfig
 from training.data.binarise import observe
 from training.data.images import Images
 from training.evaluate import BINARISE_SEED
+from training.records import read_epochs
 
 LOG = "log.jsonl"
 
@@ -74,13 +74,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             break
     else:
         return []
-    entries: dict[int, dict[str, Any]] = {}
-    for line in candidate.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        entries[entry["epoch"]] = entry
+    entries = {entry["epoch"]: entry for entry in read_epochs(candidate)}
     return [entries[epoch] for epoch in sorted(entries)]
 
 
@@ -100,19 +94,11 @@ def one_row_per_class(images: Images, count: int) -> list[int]:
 
 def made_by() -> dict[str, Any]:
     """When, by which code and how: UTC date, commit of this code (with + if files had changed), torch version, CPU threads."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    changed = bool(commit) and bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/models", ":/training"))
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = bool(commit) and bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/models", ":/training"))
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": (commit + ("+" if changed else "")) or "unknown",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def _git(*arguments: str) -> str:
-    try:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git on this machine
-        return ""

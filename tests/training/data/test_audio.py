@@ -92,6 +92,44 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
         load_sequences(f"audio:{tmp_path}")
 
 
+@pytest.mark.parametrize(("suffix", "form"), [("wav", "WAV"), ("wav", "WAVEX"), ("sph", "NIST"), ("flac", "FLAC")])
+def test_a_recording_cut_short_is_refused_by_its_name(suffix: str, form: str, tmp_path: Path) -> None:
+    """libsndfile gives what there is of a file, as if no more had been promised."""
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, 5_000)
+    for name in ("a", "b"):
+        soundfile.write(tmp_path / f"{name}.{suffix}", noise, 8_000, format=form, subtype="PCM_16")
+    load_sequences(f"audio:{tmp_path}")
+    path = tmp_path / f"b.{suffix}"
+    path.write_bytes(path.read_bytes()[:-2_000])
+    with pytest.raises(DataError, match=rf"b\.{suffix}: (cut short: the header promises|not a readable)"):
+        load_sequences(f"audio:{tmp_path}")
+
+
+def test_a_recording_written_as_a_stream_promises_no_end(tmp_path: Path) -> None:
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(tmp_path / name, np.random.default_rng(0).uniform(-0.1, 0.1, 500), 8_000, subtype="PCM_16")
+    whole = (tmp_path / "b.wav").read_bytes()
+    (tmp_path / "b.wav").write_bytes(whole.replace(b"data" + (1_000).to_bytes(4, "little"), b"data\xff\xff\xff\xff"))
+    assert load_sequences(f"audio:{tmp_path}").valid.frames == 2
+
+
+def test_recordings_shorter_than_a_frame_are_counted(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, 500)
+    for i, length in enumerate((500, 0, 199, 500, 200, 450)):
+        soundfile.write(tmp_path / f"{i}.wav", noise[:length], 8_000)
+    assert load_sequences(f"audio:{tmp_path}").left_out == "2 of 6 recordings are shorter than a frame of 200 samples, and left out"
+    assert load_sequences(f"audio:{DIGITS}").left_out == ""
+    with pytest.raises(DataError, match=r"no sequence has a frame: a frame is 501 samples, and the longest of \d recordings .* has 500"):
+        load_sequences(f"audio:{tmp_path}", frame_size=501)
+
+
+def test_samples_that_are_not_finite_are_refused_by_the_file(tmp_path: Path) -> None:
+    for name, value in (("a.wav", 0.1), ("b.wav", np.nan)):
+        soundfile.write(tmp_path / name, np.array([0.0, value] * 300), 8_000, subtype="FLOAT")
+    with pytest.raises(DataError, match=r"b\.wav: holds samples that are not finite"):
+        load_sequences(f"audio:{tmp_path}")
+
+
 def test_silence_is_refused_for_it_has_no_scale(tmp_path: Path) -> None:
     for name in ("a.wav", "b.wav"):
         soundfile.write(tmp_path / name, np.zeros(500), 8_000)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 from training.data import cli
 from training.data.catalogue import CATALOGUE
@@ -75,6 +78,37 @@ def test_check_describes_audio_by_its_mean_and_std(capsys: pytest.CaptureFixture
 def test_errors_go_to_stderr_with_status_1(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     assert run(*arguments) == 1
     assert capsys.readouterr().err.startswith("elbow-train data: ")
+
+
+@pytest.mark.parametrize("action", ["check", "fetch"])
+@pytest.mark.parametrize("name", ["mnists", "folder:"])
+def test_an_unknown_name_is_answered_with_all_names_and_schemes(action: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(action, name) == 1
+    error = capsys.readouterr().err
+    assert f"{name!r}" in error
+    assert all(known in error for known in (*CATALOGUE, *SEQUENCES, "folder:PATH", "npz:PATH", "rolls:FILE", "audio:FOLDER", "midi:FOLDER"))
+
+
+def test_check_describes_the_images_that_a_run_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    for i in range(3):
+        Image.new("L", (12, 10), i).save(tmp_path / f"mine/{i}.png")
+    assert run("check", f"folder:{tmp_path / 'mine'}") == 0
+    assert "images of 10 x 12" in capsys.readouterr().out
+    Image.new("L", (70, 70)).save(tmp_path / "mine/large.png")
+    assert run("check", f"folder:{tmp_path / 'mine'}") == 0
+    assert "images of 28 x 28" in capsys.readouterr().out
+
+
+def test_check_says_which_recordings_are_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for path in (CHORALES.parent / "digits").glob("*.wav"):
+        shutil.copy(path, tmp_path)
+    short = sorted(tmp_path.glob("*.wav"))[0]
+    samples, rate = soundfile.read(short)
+    soundfile.write(tmp_path / "z.wav", samples[:100], rate)
+    soundfile.write(tmp_path / "zz.wav", samples, rate)
+    assert run("check", f"audio:{tmp_path}") == 0
+    assert "1 of 5 recordings are shorter than a frame of 200 samples, and left out" in capsys.readouterr().out
 
 
 def test_fetch_puts_a_set_where_it_is_told_and_says_how_to_use_it(

@@ -85,6 +85,7 @@ def test_what_is_no_music_on_a_grid_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mid", [(0, 480, 60)])
     for content, reason in (
         (b"nothing", "not a readable MIDI file"),
+        (b"", "not a readable MIDI file: EOFError"),
         (path.read_bytes()[:-8], "not a readable MIDI file"),
         (path.read_bytes().replace(b"\x01\xe0", b"\xe8\x28", 1), "SMPTE"),
     ):

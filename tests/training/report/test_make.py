@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from training.data.catalogue import load
+from training.data.errors import DataError
+from training.report import make
 from training.report.make import Effort, Report
-from training.report.subject import ReportError
+from training.report.subject import ReportError, Subject
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FIGURES = ["elbo_by_epoch", "gradient_by_epoch", "reconstruction_strips", "landscape", "elbo_by_steps"]
@@ -116,3 +119,22 @@ def test_more_rows_than_there_are_is_refused(trained: Callable[[str], Path], tmp
     effort = replace(small_effort, race=replace(small_effort.race, rows=64))
     with pytest.raises(ReportError, match="--rows 64: at most 63"):
         Report(trained("iterative"), tmp_path, effort=effort)
+
+
+def test_a_set_that_holds_out_one_image_is_too_small(
+    trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message once named an option that was not given."""
+    images = load(Subject.load(trained("iterative")).run.data.name)
+    monkeypatch.setattr(make, "data_of", lambda *args: replace(images, valid=images.valid[:1], valid_labels=None))
+    with pytest.raises(ReportError, match="holds out 1 image for validation: too few"):
+        Report(trained("iterative"), tmp_path, fewer_rows=True)
+
+
+@pytest.mark.parametrize("role", ["iterative", "direct"])
+def test_data_that_changed_are_refused(role: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
+    runs = {name: shutil.copytree(trained(name), tmp_path / name) for name in ("iterative", "direct")}
+    described = runs[role] / "best/checkpoint.json"
+    described.write_text(json.dumps({**json.loads(described.read_text()), "data_sha256": "0" * 64}))
+    with pytest.raises(DataError, match=f"tiny-{role} was trained on another npz:"):
+        Report(runs["iterative"], tmp_path / "report", direct=runs["direct"])

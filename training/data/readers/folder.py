@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from training.data.errors import DataError
+from training.data.errors import DataError, reason
 from training.data.files import fingerprint_tree
 from training.data.images import Bytes, Split
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+LARGEST = 64 * 64
+"""Pixels of the images of a folder that are taken as they are: a fully connected model of larger ones is seldom what is meant."""
 SIDEWAYS = (5, 6, 7, 8)
 """Orientations of EXIF in which width and height are changed over."""
 
@@ -42,6 +44,12 @@ def common_shape(folder: Path) -> tuple[int, int] | None:
     return shape if all(_shape(path) == shape for path in rest) else None
 
 
+def own_shape(folder: Path) -> tuple[int, int] | None:
+    """`common_shape`, if it has at most LARGEST pixels."""
+    shape = common_shape(folder)
+    return shape if shape is not None and shape[0] * shape[1] <= LARGEST else None
+
+
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
@@ -63,7 +71,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
-        raise DataError(f"{path}: not a readable image: {exc}") from exc
+        raise DataError(f"{path}: not a readable image: {reason(exc)}") from exc
 
 
 def _read_grey(path: Path, shape: tuple[int, int]) -> Bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.errors import DataError
+from training.data.errors import DataError, reason
 from training.data.images import Bytes, Split
 
 
@@ -50,4 +50,4 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as exc:
-        raise DataError(f"{path}: not a complete gzip file: {exc}") from exc
+        raise DataError(f"{path}: not a complete gzip file: {reason(exc)}") from exc

@@ -14,7 +14,7 @@ from pathlib import Path
 import mido
 import numpy as np
 
-from training.data.errors import DataError
+from training.data.errors import DataError, reason
 from training.data.files import fingerprint_tree
 from training.data.ragged import Ragged
 from training.data.readers.piano_roll import LOWEST_NOTE, NOTES, Roll
@@ -57,7 +57,7 @@ def read_midi(path: Path, steps_per_beat: int) -> Roll:
     try:
         song = mido.MidiFile(path)
     except (OSError, EOFError, ValueError, LookupError, mido.KeySignatureError) as exc:
-        raise DataError(f"{path}: not a readable MIDI file: {exc or type(exc).__name__}") from exc
+        raise DataError(f"{path}: not a readable MIDI file: {reason(exc)}") from exc
     if song.ticks_per_beat <= 0:
         raise DataError(f"{path}: timed in seconds (SMPTE), so it has no beats to sample at")
     ticks = song.ticks_per_beat / steps_per_beat

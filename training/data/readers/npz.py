@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from training.data.errors import DataError
+from training.data.errors import DataError, reason
 from training.data.images import Split
 
 
@@ -53,7 +53,7 @@ def read_arrays(path: Path, *required: str, optional: Iterable[str] = ()) -> dic
                     raise DataError(f"{path}: no array {name!r}, only {', '.join(archive.files) or 'nothing'}")
             return {name: archive[name] for name in (*required, *optional) if name in archive}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
-        raise DataError(f"{path}: not a readable .npz archive of plain arrays: {exc}") from exc
+        raise DataError(f"{path}: not a readable .npz archive of plain arrays: {reason(exc)}") from exc
 
 
 def _as_rows(array: NDArray[Any], path: Path, name: str) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.data.errors import DataError
+from training.data.errors import DataError, reason
 from training.data.images import Bytes, Split
 
 
@@ -32,7 +32,7 @@ def read_omniglot_zip(path: Path, side: int = 28) -> Split:
                 raise DataError(f"{path}: no .png files in it")
             images = np.stack([average_cells(_ink(archive.read(name)), side).reshape(-1) for name in names])
     except (OSError, zipfile.BadZipFile, SyntaxError, ValueError) as exc:
-        raise DataError(f"{path}: not a readable archive of drawings: {exc}") from exc
+        raise DataError(f"{path}: not a readable archive of drawings: {reason(exc)}") from exc
     return Split(images)
 
 

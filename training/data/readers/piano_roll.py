@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.errors import DataError
+from training.data.errors import DataError, reason
 from training.data.ragged import Ragged
 from training.data.readers.npz import read_arrays
 from training.data.readers.restricted_pickle import read_plain_pickle
@@ -70,7 +70,7 @@ def _read_mat(path: Path, splits: tuple[str, ...]) -> list[Ragged]:
     except KeyError as exc:
         raise DataError(f"{path}: no cell array {exc}") from exc
     except (OSError, ValueError, TypeError, NotImplementedError, MatReadError) as exc:
-        raise DataError(f"{path}: not a readable MATLAB 5 file of piano rolls: {exc}") from exc
+        raise DataError(f"{path}: not a readable MATLAB 5 file of piano rolls: {reason(exc)}") from exc
 
 
 def _read_pickle(path: Path, splits: tuple[str, ...]) -> list[Ragged]:
@@ -81,7 +81,7 @@ def _read_pickle(path: Path, splits: tuple[str, ...]) -> list[Ragged]:
     try:
         return [Ragged.of(roll_of(sequence) for sequence in content[split]) for split in splits]
     except (TypeError, ValueError) as exc:
-        raise DataError(f"{path}: not lists of MIDI notes: {exc}") from exc
+        raise DataError(f"{path}: not lists of MIDI notes: {reason(exc)}") from exc
 
 
 def _checked(roll: Any, path: Path) -> Roll:

@@ -11,7 +11,7 @@ import pickle
 from pathlib import Path
 from typing import Any, ClassVar
 
-from training.data.errors import DataError
+from training.data.errors import DataError, reason
 
 # what the instructions of a damaged pickle can fail with
 DAMAGE = (pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, MemoryError, OverflowError)
@@ -29,7 +29,7 @@ def read_plain_pickle(path: Path) -> Any:
     except DataError as exc:
         raise DataError(f"{path}: {exc}") from exc
     except DAMAGE as exc:
-        raise DataError(f"{path}: not a readable pickle: {exc or type(exc).__name__}") from exc
+        raise DataError(f"{path}: not a readable pickle: {reason(exc)}") from exc
 
 
 class _IntegerType:
