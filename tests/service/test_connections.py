@@ -97,6 +97,17 @@ def connect(server: uvicorn.Server, *sent: bytes, receive_buffer: int = 0) -> so
     return client
 
 
+def read_slowly(client: socket.socket) -> None:
+    """LARGE bytes, at 10 MB/s: several times send_s and KEEP_ALIVE_S."""
+    received, began = 0, time.monotonic()
+    while received < LARGE:
+        chunk = client.recv(65536)
+        assert chunk, f"cut after {received} bytes"
+        received += len(chunk)
+        time.sleep(max(0.0, began + received / 10e6 - time.monotonic()))
+    assert time.monotonic() - began > 1.0
+
+
 def heard_until_closed(client: socket.socket) -> bytes:
     said = b""
     with contextlib.suppress(ConnectionResetError):
@@ -168,13 +179,7 @@ def test_who_reads_slowly_gets_everything_and_who_reads_nothing_is_cut(
     with connect(server, receive_buffer=65536) as raw:
         client = tls(certificate, raw) if certificate else raw
         client.sendall(asked)
-        received, began = 0, time.monotonic()
-        while received < LARGE:
-            chunk = client.recv(65536)
-            assert chunk, f"cut after {received} bytes"
-            received += len(chunk)
-            time.sleep(max(0.0, began + received / 10e6 - time.monotonic()))
-        assert time.monotonic() - began > 1.0  # several times send_s and KEEP_ALIVE_S
+        read_slowly(client)
         client.close()
     with connect(server, receive_buffer=65536) as raw:
         client = tls(certificate, raw) if certificate else raw
@@ -192,12 +197,7 @@ UPGRADE = (
 def test_of_a_websocket_too_who_reads_slowly_gets_everything_and_who_reads_nothing_is_cut(start: Started) -> None:
     server = start(Patience(head_s=0.2, send_s=0.2))
     with connect(server, UPGRADE, receive_buffer=65536) as client:
-        received, began = 0, time.monotonic()
-        while received < LARGE:
-            chunk = client.recv(65536)
-            assert chunk, f"cut after {received} bytes"
-            received += len(chunk)
-            time.sleep(max(0.0, began + received / 10e6 - time.monotonic()))
+        read_slowly(client)
     with connect(server, UPGRADE, receive_buffer=65536):
         wait_for(lambda: bool(server.server_state.connections), 2)
         wait_for(lambda: not server.server_state.connections, 3)
