@@ -13,8 +13,8 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,11 @@ class _Work:
         self.ticket, self.pieces = ticket, pieces
         self.rows: deque[tuple[int, int]] = deque()
         self.left: dict[int, int] = {}
+        self.scores: dict[tuple[int, str], NDArray[np.float32]] = {}
+        """Nats of every sample (S,) by row and kind. They are reduced when all are there and in their order: the sizes of
+        pieces follow the clock, and an answer must not."""
+        self.kl: dict[int, NDArray[np.float64]] = {}
+        """(levels,) by row: the sum over the samples so far."""
         self.queued = False
         self._next = 0
 
@@ -84,10 +89,6 @@ class FinalStages:
         """By how much deadlines had more time than others, while there were both."""
         self._count = itertools.count()
         self._virtual = 0.0
-        levels = len(engine.card.levels)
-        self._log_sum = np.zeros(rows.capacity)
-        self._likelihood_sum = np.zeros(rows.capacity)
-        self._kl_sum = np.zeros((rows.capacity, levels))
 
     def __bool__(self) -> bool:
         return bool(self._works)
@@ -119,8 +120,6 @@ class FinalStages:
                 ticket.result = blank(ticket.job, self._engine.card)
             work = self._works[id(ticket)] = _Work(ticket, self._pieces(ticket))
             ticket.served = max(ticket.served, self._virtual)
-        slots = [slot for _, slot in rows if slot != NO_SLOT]
-        self._log_sum[slots], self._likelihood_sum[slots], self._kl_sum[slots] = -np.inf, 0.0, 0.0
         work.rows.extend(rows)
         self._queue(work)
 
@@ -211,10 +210,10 @@ class FinalStages:
             del work.left[row]
             job, result = work.ticket.job, _result(work)
             if result.log_px is not None and job.x is not None:
-                result.log_px[row] = self._log_sum[slot] - np.log(job.ask.importance_samples)
+                result.log_px[row] = _log_mean_exp(work.scores.pop((row, SCORE)))
             if slot != NO_SLOT and self.measures(work.ticket):
-                self._rows.log_likelihood[slot] = self._likelihood_sum[slot] / job.ask.samples
-                self._rows.kl[slot] = self._kl_sum[slot] / job.ask.samples
+                self._rows.log_likelihood[slot] = work.scores.pop((row, MEASURE)).mean(dtype=np.float64)
+                self._rows.kl[slot] = work.kl.pop(row) / job.ask.samples
             if not work.rows and not work.left:
                 self._works.pop(id(work.ticket), None)
             through.append((work.ticket, row, slot))
@@ -227,12 +226,8 @@ class FinalStages:
             purpose = Purpose.MEASURE if kind == MEASURE else Purpose.SCORE
             noise = self._noise.draw("score", self._rows.seed[slots], purpose, (first, count))
             scores = self._engine.run_rows("score", slots, noise)
-            if kind == MEASURE:
-                np.add.at(self._likelihood_sum, slots, scores["log_likelihood"].sum(axis=1, dtype=np.float64))
-                np.add.at(self._kl_sum, slots, scores["kl"].astype(np.float64) * count)
-            else:
-                np.logaddexp.at(self._log_sum, slots, _log_sum_exp(scores["log_weight"]))
-            return  # `at`, because several pieces of one row may share the batch
+            self._keep_scores(kind, count, parts, scores)
+            return
         seeds = np.array([part.work.ticket.job.seeds[part.row] for part in parts], np.uint64)
         z = self._latents(kind, parts, slots, seeds, (first, count))
         if kind == DRAW:
@@ -281,6 +276,15 @@ class FinalStages:
                     z[name][i] = job.z[level.name][part.row]
         return z
 
+    def _keep_scores(self, kind: str, count: int, parts: list[Part], scores: Mapping[str, NDArray[Any]]) -> None:
+        for i, (work, row, _, first) in enumerate(parts):
+            ask = work.ticket.job.ask
+            if (row, kind) not in work.scores:
+                work.scores[row, kind] = np.empty(ask.samples if kind == MEASURE else ask.importance_samples, np.float32)
+            work.scores[row, kind][first : first + count] = scores["log_likelihood" if kind == MEASURE else "log_weight"][i]
+            if kind == MEASURE:
+                work.kl[row] = work.kl.get(row, 0.0) + scores["kl"][i].astype(np.float64) * count
+
     def _keep_z(self, parts: list[Part], z: Arrays, count: int) -> None:
         for i, part in enumerate(parts):
             wanted, kept = part.work.ticket.job.ask.z, _result(part.work).z
@@ -295,11 +299,10 @@ def _result(work: _Work) -> JobResult:
     return result
 
 
-def _log_sum_exp(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """log Σ exp over the second axis: (R, S) -> (R,)."""
-    wide = values.astype(np.float64)
-    most = np.max(wide, axis=1)
-    safe = np.where(np.isfinite(most), most, 0.0)
-    with np.errstate(divide="ignore"):  # a row all of whose values are −∞ has −∞
-        total: NDArray[np.float64] = np.log(np.sum(np.exp(wide - safe[:, None]), axis=1)) + safe
-    return total
+def _log_mean_exp(log_weight: NDArray[np.float32]) -> float:
+    """log 1/S Σ exp of S log weights: log p(x) in nats (Burda et al. 2016, eq. 8); −∞ if every one of them is."""
+    wide = log_weight.astype(np.float64)
+    most = wide.max()
+    if not np.isfinite(most):
+        return float(most)
+    return float(most + np.log(np.exp(wide - most).mean()))
