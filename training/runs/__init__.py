@@ -15,6 +15,8 @@ RUNS: dict[str, Callable[[], RunConfig | SequenceRunConfig]] = {
     "mnist-iterative-polished": mnist.mnist_iterative_polished,
     "mnist-iterative-late": mnist.mnist_iterative_late,
     "mnist-iterative-linked": mnist.mnist_iterative_linked,
+    "mnist-iterative-long": mnist.mnist_iterative_long,
+    "mnist-direct-long": mnist.mnist_direct_long,
     "mnist-landscape": mnist.mnist_landscape,
     "digits-tiny": mnist.digits_tiny,
     "digits-masked": mnist.digits_masked,

@@ -85,8 +85,8 @@ def mnist_iterative_late() -> RunConfig:
 
 
 def mnist_iterative_linked() -> RunConfig:
-    """Fourth phase, and the checkpoint served as `mnist-iterative`: from the third on a step also learns what it leaves to the next, and
-    three digits of ten have a part hidden, so that λ does not run away from what is left of them."""
+    """Fourth phase: from the third on a step also learns what it leaves to the next, and three digits of ten have a part hidden,
+    so that λ does not run away from what is left of them."""
     run = _polished(mnist_iterative_late(), "mnist-iterative-linked", epochs=20)
     return replace(
         run,
@@ -96,9 +96,27 @@ def mnist_iterative_linked() -> RunConfig:
     )
 
 
+def mnist_iterative_long() -> RunConfig:
+    """Fifth phase, and the checkpoint served as `mnist-iterative`: 16 steps per update, so that λ stays where many steps bring it."""
+    run = mnist_iterative_linked()
+    return replace(
+        run,
+        name="mnist-iterative-long",
+        parent=run.name,
+        epochs=10,
+        refinement=replace(run.refinement, steps=16),
+        optimiser=replace(run.optimiser, learning_rate=2e-4),
+    )
+
+
 def mnist_direct_polished() -> RunConfig:
-    """The checkpoint served as `mnist-direct`: as many epochs with the decoder fixed as its rival had."""
+    """Second phase of the direct model: as many epochs with the decoder fixed as its rival's second and third had."""
     return _polished(mnist_direct_short(), "mnist-direct-polished", epochs=20)
+
+
+def mnist_direct_long() -> RunConfig:
+    """Third phase, and the checkpoint served as `mnist-direct`: as many epochs as its rival's fourth and fifth, of whole digits."""
+    return replace(_polished(mnist_direct_polished(), "mnist-direct-long", epochs=30), precision="32-true")
 
 
 def digits_masked() -> RunConfig:
