@@ -17,6 +17,7 @@ from service.arrays import LARGEST
 from service.errors import FRAMEWORK_CODES, PROBLEM_JSON, STATUS
 from service.jobs import MAX_DIRECT_STEPS, Limits
 from service.oip import openapi as oip
+from service.openapi_get import get_schemas, reference
 from service.posterior import last_step
 from service.repository import ServedModel
 from service.routes.infer import ENDPOINTS, Endpoint
@@ -37,10 +38,10 @@ def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], l
     for model in models:
         version = f"{model.name}/versions/{model.version}"
         paths |= _model_paths(model, f"/v1/models/{version}", limits) | _oip_paths(model, f"/v2/models/{version}", limits)
-    paths["/v1/models"] = {"get": _get("models", "The models served here.", tag="models")}
+    paths["/v1/models"] = {"get": _get("ModelList", "The models served here.", tag="models")}
     paths |= oip.server_paths()
-    for path, summary in (("/livez", "The process works."), ("/readyz", "Models are loaded and work is taken.")):
-        probe = _get("health", summary, tag="health")
+    for path, schema, summary in (("/livez", "Live", "The process works."), ("/readyz", "Ready", "Models are loaded and work is taken.")):
+        probe = _get(schema, summary, tag="health")
         why = "Not ready: no model is loaded, or the server leaves." if path == "/readyz" else "The engine thread has ended: start it anew."
         probe["responses"]["503"] = probe["responses"]["200"] | {"description": why}
         paths[path] = {"get": probe | {"security": []}}
@@ -62,7 +63,7 @@ def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], l
         },
         "paths": paths,
         "components": {
-            "schemas": {"Problem": _problem(), "Result": _result(), "Posterior": _posterior_out()},
+            "schemas": {**get_schemas(), "Problem": _problem(), "Result": _result(), "Posterior": _posterior_out()},
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -74,8 +75,8 @@ def describe_api(models: Sequence[ServedModel], newest: Sequence[ServedModel], l
 
 def _model_paths(model: ServedModel, prefix: str, limits: Limits) -> Json:
     paths: Json = {
-        prefix: {"get": _get("model", f"The card of {model.name}.", tag=model.name)},
-        f"{prefix}/curve": {"get": _get("curve", "ELBO against steps and milliseconds on this server.", tag=model.name)},
+        prefix: {"get": _get("ModelCard", f"The card of {model.name}.", tag=model.name)},
+        f"{prefix}/curve": {"get": _get("ModelCurve", "ELBO against steps and milliseconds on this server.", tag=model.name)},
     }
     if model.card.family == "filter":
         paths[f"{prefix}/filter"] = {"post": _filter(model, limits)}
@@ -279,8 +280,8 @@ def _example(call: str, card: Card) -> Json:
     return example
 
 
-def _get(name: str, summary: str, tag: str) -> Json:
-    content = {"application/json": {"schema": {"type": "object", "title": name}}}
+def _get(schema: str, summary: str, tag: str) -> Json:
+    content = {"application/json": {"schema": reference(schema)}}
     refusals = () if tag == "health" else (401, 404, 503)
     return {"summary": summary, "tags": [tag], "responses": {"200": {"description": summary, "content": content}, **_problems(refusals)}}
 

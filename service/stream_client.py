@@ -32,7 +32,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.uri import parse_uri
 
-from service.client import Frame, listed
+from service.client_calls import listed
+from service.client_replies import Frame
 
 __all__ = ["FilterStream", "Frame", "Source", "StreamError", "Summary", "read_sound"]
 

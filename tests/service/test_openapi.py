@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from jsonschema import Draft202012Validator
 
 
 @pytest.fixture
@@ -51,3 +52,17 @@ def test_error_bodies_are_described(document):
     assert {"200", "400", "401", "403", "404", "408", "413", "415", "422", "429", "431", "500", "503", "504"} == responses.keys()
     assert responses["422"]["content"].keys() == {"application/problem+json"}
     assert "overloaded" in document["components"]["schemas"]["Problem"]["properties"]["code"]["enum"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/digits", "/v1/models/direct", "/v1/models/digits/versions/1/curve", "/livez", "/readyz"]
+)
+def test_replies_to_get_are_what_the_document_says(service, document, path):
+    schema = document["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    reply = service.get(path).json()
+    validator = Draft202012Validator({**schema, "components": document["components"]})
+    validator.validate(reply)
+    name = schema["$ref"].rpartition("/")[2]
+    described = document["components"]["schemas"][name]["properties"]
+    assert reply.keys() == described.keys()
+    assert not any(validator.is_valid(other) for other in ({}, dict.fromkeys(reply, "?")))
