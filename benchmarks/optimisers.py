@@ -209,9 +209,12 @@ def main() -> None:
         f"level: {level:.2f} nats, {best} after {STEPS} steps; " + ", ".join(f"{kind} {end:.2f}" for kind, end in ends.items()), flush=True
     )
 
+    found = {"level": level, "best": best, "ends": ends, "rates": {kind: a.learning_rate for kind, a in tuned.items()}}
     learned, curve = race.steps_to(level, race.path(model.inference, x, card.max_steps), x)
+    found |= {"artifact": artifact_name(args.artifact), "learned_curve": curve}
     if learned is None:
-        raise SystemExit(f"the learned refiner does not reach {level:.2f} nats in {card.max_steps} steps: {curve}")
+        kept = keep("optimisers", {**found, "steps": {"learned": None}})
+        raise SystemExit(f"the learned refiner is not at {level:.3f} nats for {STAYS} of {card.max_steps} steps: {curve}; kept in {kept}")
     counts = {kind: race.steps_to(level, paths[kind], x)[0] or STEPS for kind in {best, "adam"}}
     counts = {kind: min(count, STEPS) for kind, count in counts.items()}
 
@@ -240,9 +243,8 @@ def main() -> None:
 
     print(f"to {level:.2f} nats, mean over {MEASURED_ROWS} rows of {args.artifact}; {args.threads} thread(s); noise not timed")
     print(table(("batch", "method", "steps", "ms", "× steps", "× time"), rows))
-    found = {"level": level, "best": best, "ends": ends, "rates": {kind: a.learning_rate for kind, a in tuned.items()}}
-    found |= {"steps": {"learned": learned, **counts}, "learned_curve": curve, "threads": args.threads, "ms": results}
-    print(f"kept in {keep('optimisers', {'artifact': artifact_name(args.artifact), **found})}")
+    found |= {"steps": {"learned": learned, **counts}, "threads": args.threads, "ms": results}
+    print(f"kept in {keep('optimisers', found)}")
 
 
 if __name__ == "__main__":
