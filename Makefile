@@ -22,7 +22,7 @@ demo: $(VENV)/.core  ## serve the shipped models on port 8000 (or ELBOW_PORT), i
 	@ELBOW_REPOSITORY=checkpoints exec $(BIN)/elbow-serve run
 
 test: $(VENV)/.dev  ## all tests but those marked slow, gpu, docker or ray; nothing from outside the repository
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-all: $(VENV)/.dev  ## every test; those whose machinery is missing are skipped and say why
 	$(BIN)/python -m pytest -m ""

@@ -23,6 +23,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a job in the background of a script ignores Ctrl-C, which some tests send
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+LONG = (
+    "test_shipped.py",
+    "test_export_filter.py",
+    "test_server.py",
+    "test_sequence_loop.py",
+    "test_filter_tracing.py",
+    "test_evaluate_filter.py",
+    "test_precision.py",
+    "test_export.py",
+    "test_make.py",
+    "test_processes.py",
+    "test_schemathesis.py",
+    "test_tracing.py",
+    "test_engines.py",
+    "test_under_load.py",
+    "test_train_benchmark.py",
+    "test_kalman_agreement.py",
+    "test_race.py",
+    "test_loop.py",
+)
+"""Modules that take long, begun first where several processes share the tests, so that none is left alone with one of them."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the numerical tests: cpu (default) or cuda")
@@ -30,7 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device."""
+    """Long modules first; tests marked `gpu` are skipped, with the reason, where there is no CUDA device."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_cuda():
         for item in marked:
