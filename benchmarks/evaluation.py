@@ -2,6 +2,8 @@
 
     ELBOW_DATA=… python benchmarks/evaluation.py [--rows 5000] [--importance-rows 5000] [--gap-rows 500] [--threads 2]
 
+Folders of runs may be named instead: each then gets its evaluation.json too, as by `elbow-train evaluate`, for the export.
+
 The last 5,000 training images of MNIST, dynamically binarised once with a fixed seed; about ten minutes on two cores.
 """
 
@@ -14,8 +16,9 @@ from pathlib import Path
 import torch
 from _report import keep
 
+from models.artifact import CARD
 from training.checkpoint import load_static
-from training.evaluate import Effort, evaluate, table
+from training.evaluate import Effort, evaluate, save, table
 
 SHIPPED = [Path(__file__).parents[1] / "checkpoints" / name / "1" for name in ("mnist-direct", "mnist-iterative")]
 
@@ -32,7 +35,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     effort = Effort(rows=args.rows, importance_rows=args.importance_rows, gap_rows=args.gap_rows)
-    evaluations = [evaluate(*load_static(path), effort, args.data) for path in args.artifacts]
+    evaluations = []
+    for path in args.artifacts:
+        evaluations.append(evaluate(*load_static(path), effort, args.data))
+        if not (path / CARD).exists():  # an artifact's folder never changes
+            save(evaluations[-1], path)
     print(text := table(evaluations))
     keep("evaluation", {"effort": asdict(effort), "evaluations": [asdict(e) for e in evaluations], "table": text})
 
