@@ -6,6 +6,7 @@ field of the native call, checked where the native call checks it. Tensors becom
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,19 +67,24 @@ class Method:
 
 
 @contextmanager
-def spoken_as_tensors() -> Iterator[None]:
-    """Errors of native fields say `x` where a native body has `inputs` or `frames`."""
+def spoken_as_tensors(parameters: Mapping[str, Any]) -> Iterator[None]:
+    """Errors of native fields name what the request has: `parameters.steps` for `steps`, the tensor `x` for `inputs` or `frames`, the
+    tensor `carry` for that of a posterior."""
     try:
         yield
     except InvalidInput as exc:
-        fields = [(_as_tensor(path), message) for path, message in exc.fields]
+        fields = [(_as_sent(path, parameters), message) for path, message in exc.fields]
         if fields == list(exc.fields):
             raise
         raise InvalidInput("; ".join(f"{path}: {message}" for path, message in fields), fields=fields) from exc
 
 
-def _as_tensor(path: str) -> str:
+def _as_sent(path: str, parameters: Mapping[str, Any]) -> str:
     """inputs[0][3] as x[0][3]; the protocol's own paths (inputs[0].shape, inputs.mu) as they are."""
+    if re.split(r"[.\[]", path, maxsplit=1)[0] in parameters:
+        return f"parameters.{path}"
+    if of_posterior := re.fullmatch(r"posterior(\[\d+\])\.(carry|step)", path):
+        return of_posterior[2] + of_posterior[1]
     for native in ("inputs", "frames"):
         if path == native or (path.startswith(f"{native}[") and "." not in path):
             return X + path.removeprefix(native)

@@ -143,13 +143,13 @@ class Sequences:
             InvalidInput: the request says otherwise.
         """
         if body.state is not None:
-            raise InvalidInput.at("state", "is taken with sequence_start only: the server has the state of a live sequence")
+            raise InvalidInput.at("parameters.state", "is taken with sequence_start only: the server has the state of a live sequence")
         given = {"steps": None if body.steps is None else checked_steps(body.steps, sequence.model.card)}
         given |= {"seed": body.seed, "elastic": body.elastic}
         for name, value in given.items():
             if value is not None and value != sequence.settings[name]:
                 message = f"the sequence has {sequence.settings[name]}, chosen at its start, which cannot change to {value} on its way"
-                raise InvalidInput.at(name, message)
+                raise InvalidInput.at(f"parameters.{name}", message)
         for part in body.parts:
             if part in ("posterior", "reconstruction", "prediction") and part not in sequence.stream.spec.parts:
                 raise InvalidInput.at("outputs", f"{part} was not among the outputs at sequence_start: name it there")

@@ -65,7 +65,7 @@ async def _static(
         fields = asked.method.body(asked.inference.inputs, asked.parameters, model.card)
         if "parts" in call.body.model_fields:
             fields["return"] = parts_of(columns)
-        with spoken_as_tensors():
+        with spoken_as_tensors(asked.parameters):
             body = read_body_fields(call.body, fields)
             return body, call.job(body, model, server.limits, arrival)
 
@@ -105,7 +105,7 @@ async def _filter(
 
     def prepare() -> tuple[ServedModel, FilterBody, Frames]:
         fields = asked.method.body(asked.inference.inputs, asked.parameters, model.card) | {"return": parts_of(columns)}
-        with spoken_as_tensors():
+        with spoken_as_tensors(asked.parameters):
             body = read_body_fields(FilterBody, fields)
             chosen = model if "version" in request.path_params or sequence is not None else server.issuer(model, body.state)
             return chosen, body, read_frames(body, chosen, server.tokens, key_id, server.limits.max_rows)

@@ -227,15 +227,15 @@ def test_a_tensor_that_does_not_fit_is_a_400_that_says_why(service, call, change
         ({"parameters": {"method": "dream"}}, "one of encode, refine, reconstruct, score, generate"),
         ({"parameters": {"method": 3}}, "has no method"),
         ({"parameters": {"method": None}}, "has no method"),
-        ({"parameters": {"steps": "3"}}, "steps: must be a whole number"),
-        ({"parameters": {"steps": 65}}, "more than this model's maximum of 64"),
+        ({"parameters": {"steps": "3"}}, "parameters.steps: must be a whole number"),
+        ({"parameters": {"steps": 65}}, "parameters.steps: 65 is more than this model's maximum of 64"),
         ({"parameters": {"samples": 17}}, "maximum of 16"),
         ({"parameters": {"inputs": [[0]]}}, "is no parameter"),
         ({"parameters": {"return": ["z"]}}, "is no parameter"),
         ({"parameters": {"sequence_id": 5}}, "is no filter"),
         ({"parameters": {"timeout": -1}}, "microseconds"),
         ({"parameters": {"timeout": 1, "deadline_ms": 1}}, "beside deadline_ms"),
-        ({"parameters": {"triton_enable_empty_final_response": True}}, "is not a field"),
+        ({"parameters": {"triton_enable_empty_final_response": True}}, "parameters.triton_enable_empty_final_response: is not a field"),
         ({"parameters": []}, "parameters"),
         ({"id": 5}, "id"),
         ({"paramters": {}}, "paramters: is not a field"),
@@ -244,6 +244,13 @@ def test_a_tensor_that_does_not_fit_is_a_400_that_says_why(service, call, change
 def test_a_request_that_does_not_fit_is_a_400_that_says_why(service, call, change, message):
     refused(call({"inputs": [STATIC]} | change), message)
     assert not service.scheduler.jobs
+
+
+def test_a_posteriors_tensor_is_named_as_it_was_sent(call):
+    levels = [{"name": n, "shape": [2, 4], "datatype": "FP32", "data": [0] * 8} for n in ("mu", "log_sigma")]
+    carry = {"name": "carry", "shape": [2], "datatype": "BYTES", "data": ["not of a reply", "nor this"]}
+    body = {"inputs": [STATIC, carry, *levels], "parameters": {"method": "refine"}}
+    refused(call(body, "/v2/models/recurrent/infer"), "carry[0]: ")
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "1e2", "99999999", "9" * 30, "", "٣"])

@@ -204,7 +204,12 @@ def test_a_draining_server_sends_its_sequences_elsewhere(world):
 
 @pytest.mark.parametrize(
     ("fields", "field_"),
-    [({"seed": 4}, "seed"), ({"elastic": True}, "elastic"), ({"state": "token"}, "state"), ({"return": ["posterior"]}, "outputs")],
+    [
+        ({"seed": 4}, "parameters.seed"),
+        ({"elastic": True}, "parameters.elastic"),
+        ({"state": "token"}, "parameters.state"),
+        ({"return": ["posterior"]}, "outputs"),
+    ],
 )
 def test_what_was_chosen_at_the_start_stays(world, fields, field_):
     sequences, lane, _ = world

@@ -190,9 +190,9 @@ def test_errors_arrive_as_the_clients_exception(client, digits):
         client.infer("nobody", [tensor("x", digits)])
     with pytest.raises(InferenceServerException, match=r"^\[404\] Request for unknown model"):
         client.get_model_metadata("mnist-iterative", "9")
-    with pytest.raises(InferenceServerException, match=r"^\[400\] steps: .*more than this model's maximum"):
+    with pytest.raises(InferenceServerException, match=r"^\[400\] parameters\.steps: .*more than this model's maximum"):
         client.infer("mnist-iterative", [tensor("x", digits)], parameters={"steps": 10_000})
-    with pytest.raises(InferenceServerException, match=r"^\[400\] stepps: is not a field"):
+    with pytest.raises(InferenceServerException, match=r"^\[400\] parameters\.stepps: is not a field"):
         client.infer("mnist-iterative", [tensor("x", digits)], parameters={"stepps": 1})
 
 
