@@ -88,14 +88,24 @@ def landscape(data: Landscape, refinement: RefinementConfig, tuning_rows: int, s
 
 def gradient_by_epoch(data: History, refinement: RefinementConfig) -> str:
     return (
-        f"Mean absolute entry of ∂L/∂μ after 0 … {data.trained_steps} refinement steps, over the training rows of each epoch as logged in "
+        f"Mean absolute entry of ∂L/∂μ after 0 … {data.steps} refinement steps, over the training rows of each epoch as logged in "
         f"training; both axes logarithmic. Noise: {noise(refinement)}, and part of what is left after the last step is that noise."
+        f"{phases(data)}"
     )
+
+
+def phases(data: History) -> str:
+    """What each phase is, where there are several."""
+    if len(data.phases) == 1:
+        return ""
+    told = (f"{name} from epoch {first} (K = {k})" for (name, first), k in zip(data.phases, data.trained_steps, strict=True))
+    return f" Dotted lines part the phases: {', '.join(told)}."
 
 
 def elbo_by_epoch(data: History, direct: object = None) -> str:
     words = (
-        f"ELBO on the validation rows by epoch, after 0, 1 and K = {data.trained_steps} refinement steps, as logged in training: one fresh "
+        f"ELBO on the validation rows by epoch, after 0, 1 and {data.steps} refinement steps, as logged in training: one fresh "
         "sample per row, the same observations and noise at every epoch. The earliest epochs may lie below the upper axis."
+        f"{phases(data)}"
     )
     return words if direct is None else f"{words} Dashed: a direct encoder ({direct}) with its own decoder."

@@ -185,7 +185,14 @@ def gradient_by_epoch(data: History) -> Figure:
         axis.set_minor_locator(NullLocator())
     dress(axes, x="epoch", y="mean |∂L/∂μ|, nats per unit of μ")
     axes.margins(x=0.02)
+    _phases(axes, data)
     return made
+
+
+def _phases(axes: Axes, data: History) -> None:
+    """A dotted line where each later phase begins."""
+    for _, first in data.phases[1:]:
+        axes.axvline(first - 0.5, color=PALE, linewidth=0.9, linestyle=":", zorder=0)
 
 
 def _labelled(values: Sequence[float], apart: float = 1.13) -> set[int]:
@@ -204,13 +211,14 @@ def _labelled(values: Sequence[float], apart: float = 1.13) -> set[int]:
 def elbo_by_epoch(data: History, direct: History | None = None) -> Figure:
     """Validation ELBO after 0, 1 and K steps; the prior's, hundreds of nats away, in a panel of its own."""
     made = figure(height=4.8)
-    steps = sorted({0, 1, data.trained_steps})
+    steps = sorted({0, 1, data.steps})
     upper, lower = made.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
-    styles = {1: {"color": "#0072B2", "linewidth": 1.8}, data.trained_steps: METHODS["learned"]}
+    styles = {1: {"color": "#0072B2", "linewidth": 1.8}, data.steps: METHODS["learned"]}
+    trained = " (trained K)" if len(data.phases) == 1 else ""
     floor: list[float] = []
     for k in steps[1:]:
         values = [entry[k] for entry in data.valid_elbo]
-        look = styles[k] | {"label": f"after {k} step{'s' if k > 1 else ''}" + (" (trained K)" if k == data.trained_steps else "")}
+        look = styles[k] | {"label": f"after {k} step{'s' if k > 1 else ''}" + (trained if k == data.steps else "")}
         upper.plot(data.epochs, values, marker="o" if len(values) < 2 else None, **look)
         floor += values
     if direct is not None:
@@ -224,6 +232,8 @@ def elbo_by_epoch(data: History, direct: History | None = None) -> Figure:
     lower.plot(data.epochs, start, color=PALE, linewidth=1.8, marker="o" if len(start) < 2 else None)
     lower.yaxis.set_major_locator(MaxNLocator(3))
     dress(lower, x="epoch", y="nats", title="before the first step: λ at the prior")
+    _phases(upper, data)
+    _phases(lower, data)
     made.align_ylabels()
     return made
 

@@ -173,13 +173,13 @@ class Report:
 
     def _gradient_by_epoch(self) -> Made:
         data = history(self.subject.log)
-        numbers = {"epochs": data.epochs, "grad_mu": data.grad_mu, "grad_log_sigma": data.grad_log_sigma}
+        numbers = {"epochs": data.epochs, "phases": data.phases, "grad_mu": data.grad_mu, "grad_log_sigma": data.grad_log_sigma}
         words = captions.gradient_by_epoch(data, self.subject.run.refinement)
         return Made("Gradient by step, through training", words, figures.gradient_by_epoch(data), numbers)
 
     def _elbo_by_epoch(self) -> Made:
         data = history(self.subject.log)
-        numbers: dict[str, Any] = {"epochs": data.epochs, "valid_elbo": data.valid_elbo}
+        numbers: dict[str, Any] = {"epochs": data.epochs, "phases": data.phases, "valid_elbo": data.valid_elbo}
         direct = history(self.direct.log) if self.direct and self.direct.log else None
         if direct:
             numbers["direct"] = {"epochs": direct.epochs, "valid_elbo": direct.valid_elbo}

@@ -5,6 +5,7 @@ Shapes: B rows, X size of x.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ class ReportError(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint. `log` holds one entry an epoch, empty where the checkpoint came without its log."""
+    """A checkpoint. `log` holds one entry an epoch, also of the runs it began from; empty where the checkpoint came without its log."""
 
     folder: Path
     model: LatentModel
@@ -44,7 +45,7 @@ class Subject:
     def load(folder: Path) -> Subject:
         """Raises CheckpointError if there is no checkpoint in the folder."""
         model, run, facts = load_static(folder)
-        return Subject(folder, model, run, facts, read_log(folder))
+        return Subject(folder, model, run, facts, read_log(folder, run))
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -61,20 +62,36 @@ class Subject:
         }
 
     def __str__(self) -> str:
-        return f"{self.run.name}, epoch {self.facts.get('epoch', '?')} of {self.run.epochs}"
+        planned = "" if self.run.parent else f" of {self.run.epochs}"  # a run that goes on counts its parent's epochs too
+        return f"{self.run.name}, epoch {self.facts.get('epoch', '?')}{planned}"
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The log of the run: beside the weights (as shipped), or one folder up (in a run's folder). Empty if there is none.
+def read_log(folder: Path, run: RunConfig) -> list[dict[str, Any]]:
+    """The log of a run and, before it, of those it began from (`parent`), their epochs counted on. Every entry names its `run`.
 
-    A line cut short by a kill is left out; of an epoch that was logged twice the later line counts.
+    Looked for beside the weights, one folder up (in a run's folder), and in `training/NAME` beside an artifact's versions (as shipped);
+    a parent's beside that of its child. It begins with the earliest phase that is there without a gap; empty if the run's own is missing.
     """
-    for candidate in (folder / LOG, folder.parent / LOG):
-        if candidate.exists():
-            break
-    else:
+    candidates = (folder, folder.parent, folder.parent / "training" / run.name)
+    home = next((candidate for candidate in candidates if (candidate / LOG).exists()), None)
+    if home is None:
         return []
-    entries = {entry["epoch"]: entry for entry in read_epochs(candidate)}
+    phases, name = [_entries(home / LOG)], run.parent
+    names = [run.name]
+    while name is not None and (home.parent / name / LOG).exists():
+        phases.insert(0, _entries(home.parent / name / LOG))
+        names.insert(0, name)
+        name = json.loads((home.parent / name / "run.json").read_text())["run"].get("parent")
+    joined, before = [], 0
+    for name, entries in zip(names, phases, strict=True):
+        joined += [entry | {"epoch": before + entry["epoch"], "run": name} for entry in entries]
+        before += entries[-1]["epoch"] if entries else 0
+    return joined
+
+
+def _entries(log: Path) -> list[dict[str, Any]]:
+    """A line cut short by a kill is left out; of an epoch that was logged twice the later line counts."""
+    entries = {entry["epoch"]: entry for entry in read_epochs(log)}
     return [entries[epoch] for epoch in sorted(entries)]
 
 
