@@ -74,6 +74,11 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--epochs", type=positive, metavar="N", help="so many epochs instead of the run's own; its schedule follows")
     train.add_argument("--seconds", type=seconds, help="of a sequence model: train for so many seconds of updates, instead of --epochs")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
+    train.add_argument(
+        "--precision",
+        choices=("32-true", "bf16-mixed"),
+        help="of matrix products (default: the run's own; float32 on a CPU that is slow at bfloat16)",
+    )
     train.add_argument("--processes", type=positive, help="that share out each batch: one per card (default: all cards; on the CPU 1)")
     train.add_argument("--threads", type=positive, help="CPU threads of torch, of each process")
     train.add_argument("--data", help="folder with the data sets (default: ELBOW_DATA)")
@@ -102,6 +107,7 @@ def _add_remakers(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from training.bfloat16 import suited
     from training.loop import Trainer
     from training.run_loop import RunLoop, fabric_for
     from training.runs import RUNS
@@ -122,6 +128,7 @@ def _train(args: argparse.Namespace) -> int:
         raise OptionError("--epochs, --seconds: a run ends after the one or the other: leave one out")
     if args.epochs is not None:
         run = replace(run, epochs=args.epochs)
+    run = suited(run, args.device) if args.precision is None else replace(run, precision=args.precision)
     fabric = fabric_for(args.device, args.processes)
     fabric.launch()
     loop: RunLoop

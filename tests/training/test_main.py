@@ -28,6 +28,16 @@ def test_train_makes_a_run_and_the_seed_can_be_chosen(tiny: RunConfig, tmp_path:
     assert (tmp_path / "final" / "weights.safetensors").exists()
 
 
+@pytest.mark.parametrize(("given", "precision"), [([], "32-true"), (["--precision", "bf16-mixed"], "bf16-mixed")])
+def test_a_slow_precision_is_replaced_unless_it_was_asked_for(
+    tiny: RunConfig, given: list[str], precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.bfloat16.times_float32", lambda: 60.0)
+    monkeypatch.setitem(runs.RUNS, "tiny", lambda: replace(tiny, precision="bf16-mixed", train_rows=64))
+    assert main(["train", "tiny", "--output", str(tmp_path), *given]) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["run"]["precision"] == precision
+
+
 def test_an_unknown_run_is_refused_with_the_names_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "mnist-itrative"]) == 2
     error = capsys.readouterr().err
