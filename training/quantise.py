@@ -6,6 +6,10 @@
 takes one m for the whole array: there a row's answer depends on who shares the batch. Weights stay where they were, float32 in
 weights.safetensors: Ŵ and s_W are plain operators on constants, which ONNX Runtime folds while it loads.
 
+What is put together from parts (Concat: the gradient, its logarithms, λ) has a scale per part, since one for all would lose the small ones:
+
+    [a₁ a₂] W  =  a₁ W₁ + a₂ W₂
+
 â is stored as â + 128 in uint8, because uint8 × int8 is what processors multiply fastest. Everything but the products stays float32.
 
 Shapes: R rows, K what is summed over, N columns.
@@ -57,6 +61,11 @@ class Int8Graph:
             self._constants.add(name)
             self.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
         return name
+
+    def rows_of(self, name: str, first: int, end: int) -> str:
+        """Some rows of a weight, (end − first, N)."""
+        ends = [self.constant(f"at_{value}", np.array([value])) for value in (first, end, 0)]
+        return self.add("Slice", name, *ends)
 
     def weight(self, name: str) -> tuple[str, str]:
         """(K, N) -> its int8 form, and what one unit of a column and of a row of scale 127 are worth together, (N,)."""
@@ -113,6 +122,7 @@ def to_int8(proto: Any, activations: Activations = per_row) -> int:
         NotQuantisable: a product's right side is no weight, or a Gemm scales or turns its factors.
     """
     graph = Int8Graph(proto)
+    parts = _joined_columns(proto)
     weights = {initializer.name for initializer in proto.graph.initializer}
     quantised: dict[str, tuple[str, str]] = {}
     products = 0
@@ -125,11 +135,16 @@ def to_int8(proto: Any, activations: Activations = per_row) -> int:
         left, right, *bias = node.input
         if right not in weights or any(helper.get_attribute_value(one) != _PLAIN[one.name] for one in node.attribute):
             raise NotQuantisable(f"{node.op_type} {node.output[0]}: int8 takes plain products with a weight on the right")
-        if left not in quantised:
-            quantised[left] = activations(graph, left)
-        (values, scale), (columns, worth), one = quantised[left], graph.weight(right), graph.constant("one", np.float32(1))
-        product = graph.add("MatMulIntegerToFloat", values, columns, one, worth, graph.constant("zero", np.uint8(128)), domain=RUNTIME)
-        last, inputs = ("Add", [graph.add("Mul", product, scale), *bias]) if bias else ("Mul", [product, scale])
+        total, first = "", 0
+        for part, width in parts.get(left, [(left, 0)]):
+            if part not in quantised:
+                quantised[part] = activations(graph, part)
+            rows = graph.rows_of(right, first, first + width) if width else right
+            (values, scale), (columns, worth), one = quantised[part], graph.weight(rows), graph.constant("one", np.float32(1))
+            product = graph.add("MatMulIntegerToFloat", values, columns, one, worth, graph.constant("zero", np.uint8(128)), domain=RUNTIME)
+            term, first = graph.add("Mul", product, scale), first + width
+            total = graph.add("Add", total, term) if total else term
+        last, inputs = ("Add", [total, *bias]) if bias else ("Identity", [total])
         graph.nodes.append(helper.make_node(last, inputs, list(node.output), name=f"{node.output[0]}_int8"))
         products += 1
     if products:
@@ -138,3 +153,17 @@ def to_int8(proto: Any, activations: Activations = per_row) -> int:
         if RUNTIME not in {opset.domain for opset in proto.opset_import}:
             proto.opset_import.append(helper.make_opsetid(RUNTIME, 1))
     return products
+
+
+def _joined_columns(proto: Any) -> dict[str, list[tuple[str, int]]]:
+    """Output of a Concat of columns -> (part, its width), where all widths are known."""
+    inferred = onnx.shape_inference.infer_shapes(proto).graph
+    last = {value.name: list(value.type.tensor_type.shape.dim) for value in (*inferred.value_info, *inferred.input)}
+    found = {}
+    for node in proto.graph.node:
+        if node.op_type != "Concat" or helper.get_node_attr_value(node, "axis") not in (-1, len(last.get(node.output[0], [])) - 1):
+            continue
+        widths = [last[part][-1].dim_value if last.get(part) else 0 for part in node.input]
+        if all(widths):
+            found[node.output[0]] = list(zip(node.input, widths, strict=True))
+    return found

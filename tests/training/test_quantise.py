@@ -63,6 +63,27 @@ def test_the_exact_form_is_what_was_meant_on_any_processor() -> None:
     np.testing.assert_allclose(back, product(y, W), rtol=1e-5, atol=1e-6 * np.abs(back).max())
 
 
+@pytest.mark.parametrize(("axis", "known"), [(-1, True), (1, True), (-1, False)])
+def test_what_is_put_together_has_a_scale_for_every_part(axis: int, known: bool) -> None:
+    small = 12
+    nodes = [helper.make_node("Concat", ["a", "c"], ["both"], axis=axis), helper.make_node("Gemm", ["both", "w", "b"], ["y"])]
+    widths = (WIDTH - small, small) if known else ("n", "m")
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width]) for name, width in zip("ac", widths, strict=True)]
+    weights = [numpy_helper.from_array(W.T.copy(), "w"), numpy_helper.from_array(B, "b")]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], weights)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    assert to_int8(proto) == 1
+    in_float32(proto)
+    a, c = A[:, :-small], A[:, -small:] * np.float32(1e-4)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    (y,) = onnxruntime.InferenceSession(proto.SerializeToString(), options).run(None, {"a": a, "c": c})
+    parts = product(a, W.T[:-small]) + product(c, W.T[-small:]) + B
+    whole = product(np.concatenate([a, c], axis=1), W.T) + B
+    np.testing.assert_allclose(y, parts if known else whole, rtol=1e-5, atol=1e-6 * np.abs(whole).max())
+    assert np.abs(parts - whole).max() > 1e-3 * np.abs(whole).max(), "the two are told apart"
+
+
 @needs_exact_int8
 def test_it_stays_within_two_roundings_of_the_float_product() -> None:
     proto = program(bias=False)
