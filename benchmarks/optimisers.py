@@ -119,7 +119,8 @@ def export_optimiser(artifact: Artifact, model: LatentModel, folder: Path) -> Ar
         reference[name] = _reference(program, known)
     write_reference(folder, reference)
     specs = {name: ProgramSpec(inputs=p.inputs, outputs=p.outputs, files={"onnx": f"{name}.onnx"}) for name, p in programs.items()}
-    write_card(folder, artifact.card.model_copy(update={"programs": specs, "carry": served.carry, "context": served.context, "files": {}}))
+    changed = {"programs": specs, "carry": served.carry, "context": served.context, "precisions": {}, "files": {}}
+    write_card(folder, artifact.card.model_copy(update=changed))
     return Artifact.open(folder)
 
 
