@@ -24,13 +24,13 @@ from models.artifact import (
     Signer,
     list_versions,
     parity_error,
-    sha256_of,
     write_reference,
 )
-from models.catalogue import LatentModel, build
+from models.catalogue import build
 from models.programs import static_programs
+from tests.training.tiny_export import FIGURES, SECRET, moving, tiny_export
 from training import export as exporting
-from training.checkpoint import load_static, save_weights
+from training.checkpoint import load_static
 from training.commit import git
 from training.config import RunConfig
 from training.data.errors import DataError
@@ -40,35 +40,15 @@ from training.export_static import describe_static
 from training.export_static import reference as _reference
 from training.runs.mnist import ENCODINGS
 
-SECRET = b"secret"
 
-
-FIGURES = {"log_px": -100.5, "optimum": -101.0, "seed_spread": 0.2}
-
-
-def moving(model: LatentModel) -> LatentModel:
-    """With heads away from zero, so that every step does something."""
-    heads = model.inference.heads
-    assert isinstance(heads, torch.nn.Linear)
-    torch.nn.init.normal_(heads.weight, std=0.1, generator=torch.Generator().manual_seed(1))
-    return model.requires_grad_(False)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_export(tmp_path_factory)[0]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    architecture = replace(tiny_run.architecture, inference=IterativeArchitecture(ENCODINGS, (16,)))
-    run = replace(tiny_run, architecture=architecture)
-    save_weights(folder, moving(build(architecture, seed=0)), run, {"epoch": 2})
-    measured = {"epoch": 2, "weights_sha256": sha256_of(folder / WEIGHTS)}
-    (folder / "evaluation.json").write_text(json.dumps({**FIGURES, "name": "tiny", "facts": measured}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    repository = tmp_path_factory.mktemp("repository")
-    return export(checkpoint, repository, "tiny", "1", rows=24, samples=2, signer=Signer(secret=SECRET), quiet=True)
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_export(tmp_path_factory)[1]
 
 
 def test_the_artifact_opens_and_its_card_describes_the_model(artifact: Path, tiny_run: RunConfig) -> None:

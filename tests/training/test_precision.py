@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from models.architecture import IterativeArchitecture
 from models.artifact import CARD, ELBO_REFERENCE, WEIGHTS, Artifact, Signer, write_card
-from models.catalogue import build
 from tests.int8 import needs_exact_int8
+from tests.training.tiny_export import tiny_export
 from training import precision
 from training.__main__ import main
-from training.checkpoint import CheckpointError, save_weights
-from training.config import RunConfig
+from training.checkpoint import CheckpointError
 from training.export import export
 from training.export_files import ExportError
 from training.precision import quantise
-from training.runs.mnist import ENCODINGS
 
 Capture = pytest.CaptureFixture[str]
 SHIPPED = Path(__file__).parents[2] / "checkpoints"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    architecture = replace(tiny_run.architecture, inference=IterativeArchitecture(ENCODINGS, (16,)))
-    model = build(architecture, seed=0)
-    torch.nn.init.normal_(model.inference.heads.weight, std=0.1, generator=torch.Generator().manual_seed(1))  # else no step moves
-    save_weights(folder, model.requires_grad_(False), replace(tiny_run, architecture=architecture), {"epoch": 1})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(checkpoint, tmp_path_factory.mktemp("exported"), "tiny", "1", rows=16, samples=2, int8=True, quiet=True)
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_export(tmp_path_factory)[1]
 
 
 @pytest.fixture(scope="module")
