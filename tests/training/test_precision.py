@@ -72,7 +72,7 @@ def test_what_it_is_held_to_is_the_float64_elbo_after_the_trained_steps(plain: P
 
 def test_an_export_offers_it_when_asked(exported: Path) -> None:
     spec = Artifact.open(exported).card.precisions["int8"]
-    assert (spec.rows, spec.samples) == (16, 2)
+    assert (spec.rows, spec.samples) == (24, 2)
 
 
 def test_what_costs_too_much_is_not_offered_and_leaves_nothing(
