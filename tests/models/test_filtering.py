@@ -110,7 +110,9 @@ def test_the_state_after_a_missing_frame_is_that_after_its_predicted_mean(genera
     assert_close(missing.state, {name: value.detach() for name, value in expected.items()})
 
 
-@pytest.mark.parametrize(("latent", "x_size"), [(1, 1), (1, 3), (3, 4), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("latent", "x_size"), [(1, 1), (3, 4), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 3), (2, 2)))]
+)
 def test_gradient_ascent_on_a_linear_gaussian_model_ends_at_the_kalman_filter(latent: int, x_size: int, generator: torch.Generator) -> None:
     system = linear_system(latent, x_size)
     generative = LinearGaussian.of(system)

@@ -49,10 +49,8 @@ def outputs(served: FilterPrograms, name: str, known: dict[str, Tensor]) -> dict
 @pytest.mark.parametrize(
     ("generative", "inference", "names", "formats"),
     [
-        ("linear gaussian", "kalman", ("advance",), ("torchscript", "onnx")),
         ("linear gaussian 1-D", "kalman", ("init", FRAME), ("torchscript", "onnx")),
         ("vrnn", "avf with past", ("step",), ("torchscript", "onnx")),
-        ("linear gaussian", "avf", ("step", "advance"), ("torchscript",)),
         ("vrnn gru bernoulli", "own", ("predict", "init", FRAME), ("torchscript",)),
         ("vrnn", "own residual", ("init",), ("onnx",)),
         ("linear gaussian 1-D", "avf", ("step",), ("onnx",)),
@@ -60,7 +58,8 @@ def outputs(served: FilterPrograms, name: str, known: dict[str, Tensor]) -> dict
         pytest.param("srnn", "avf", ("predict", "advance", "sample_x", FRAME), ("torchscript",), marks=pytest.mark.slow),
         pytest.param("vrnn quantised", "avf", ("step",), ("torchscript",), marks=pytest.mark.slow),
         pytest.param("srnn", "avf", ("step",), ("onnx",), marks=pytest.mark.slow),
-        pytest.param("linear gaussian", "kalman", ("init", FRAME), ("torchscript", "onnx"), marks=pytest.mark.slow),
+        pytest.param("linear gaussian", "kalman", ("init", "advance", FRAME), ("torchscript", "onnx"), marks=pytest.mark.slow),
+        pytest.param("linear gaussian", "avf", ("step", "advance"), ("torchscript",), marks=pytest.mark.slow),
         pytest.param("vrnn", "avf with past", (FRAME,), ("torchscript", "onnx"), marks=pytest.mark.slow),
         pytest.param("vrnn", "avf with x", ("step", FRAME), ("torchscript",), marks=pytest.mark.slow),
         pytest.param("vrnn", "avf with x", ("predict", "step", "advance", FRAME), ("onnx",), marks=pytest.mark.slow),
