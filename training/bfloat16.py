@@ -17,7 +17,8 @@ from training.sequence_config import SequenceRunConfig
 Run = TypeVar("Run", bound=RunConfig | SequenceRunConfig)
 
 SLOW = 4.0
-"""From so many times float32's time on a run is better off in float32. On a Xeon and an EPYC with the instructions it was 0.7 to about 1."""
+"""From so many times float32's time on a run is better off in float32. On a Xeon and on an EPYC that has the instructions it was
+0.7 to about 1."""
 
 
 def times_float32(size: int = 256, rounds: int = 3) -> float:
